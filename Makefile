@@ -1,0 +1,47 @@
+# Every target first brings .venv up to date with requirements.lock (quick when nothing changed).
+# ORDERS, KEEP and other variables given on the command line reach the programs as environment variables.
+
+PYTHON_BIN := .venv/bin
+FAST_TESTS := $(wildcard tests/unit tests/docs tests/structure)
+TEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint bench lock build clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: ## create or update .venv
+	@scripts/setup.sh
+
+demo: setup ## the shop on real orders (ORDERS=… how many, KEEP=1 leaves the page up)
+	@$(PYTHON_BIN)/python examples/shop/demo.py
+
+lint: setup
+	$(PYTHON_BIN)/ruff format --check .
+	$(PYTHON_BIN)/ruff check .
+	$(PYTHON_BIN)/mypy
+	$(PYTHON_BIN)/lint-imports
+
+check: lint ## style, types, imports and the fast tests; needs no servers
+	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS)
+
+test: lint ## everything: style, types, imports and all tests
+	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
+
+bench: setup ## all benchmarks, or one suite (SUITE=embedded)
+	$(PYTHON_BIN)/python -m benchmarks $(SUITE)
+
+lock: setup ## renew requirements.lock (UPGRADE=1 takes newer versions)
+	$(PYTHON_BIN)/uv pip compile pyproject.toml --group dev --all-extras --universal \
+		--python-version 3.11 --generate-hashes --quiet --custom-compile-command 'make lock' \
+		$(if $(UPGRADE),--upgrade) --output-file requirements.lock
+	@scripts/setup.sh
+
+build: setup ## the wheel, in dist/
+	$(PYTHON_BIN)/uv build --wheel --no-build-isolation --python $(PYTHON_BIN)/python --out-dir dist
+
+clean: ## remove everything that was made
+	rm -rf .venv .bootstrap dist build .coverage .coverage.* htmlcov \
+		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

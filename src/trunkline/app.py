@@ -1,0 +1,450 @@
+"""A system at work: start, supervise, stop.
+
+Invariant: what a transport or store cannot keep is refused before anything is received; stopping loses nothing.
+Never does: deliver (consumer.py, delivery.py). Read next: consumer.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from trunkline.channel import Channel, Queue
+from trunkline.clock import Clock, offload, system_clock
+from trunkline.consumer import Consumer
+from trunkline.delivery import Deliverer, compile_routes
+from trunkline.errors import ConfigurationError, DefinitionError, TransportError
+from trunkline.handler import Context, Handler, due_time, make_message
+from trunkline.hooks import Hooks
+from trunkline.outbox import Relay
+from trunkline.parking import Parking
+from trunkline.service import Service, System
+from trunkline.store import Store, Unit
+from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
+
+log = logging.getLogger("trunkline.app")
+T = TypeVar("T")
+
+GRACE_S = 30.0
+"""How long a stop waits for handlers to finish."""
+INBOX_WINDOW_S = 7 * 24 * 3600.0
+
+
+class App:
+    """A System (or one Service) on a transport and a store.
+
+    Args:
+        system: what to run.
+        transport: URL such as `sqlite:///shop.db` or `memory:`.
+        store: URL; default: the transport's own database.
+        clock: another one in tests.
+        grace_s: how long a stop waits for handlers, in seconds.
+
+    Use it as an async context manager (started inside, stopped at the end), or call `run`.
+    """
+
+    def __init__(
+        self,
+        system: System | Service,
+        transport: str,
+        *,
+        store: str | None = None,
+        clock: Clock = system_clock,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self.system = System(system.name, [system]) if isinstance(system, Service) else system
+        self.hooks = Hooks()
+        self.clock = clock
+        self._grace_s = grace_s
+        self.transport_url = transport
+        self.store_url = store or transport
+        self.transport: Transport = load_adapter("trunkline.transports", transport, clock)
+        self.store: Store = load_adapter("trunkline.stores", self.store_url, clock)
+        self._consumers: list[Consumer] = []
+        self._backgrounds: list[asyncio.Task[None]] = []
+        self._relay: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._resources = contextlib.AsyncExitStack()
+        self._running: dict[str, Running] = {}
+
+    # --- start and stop ---
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Check, connect, open resources, receive.
+
+        Raises: DefinitionError, ConfigurationError or TransportError; then nothing was received.
+        """
+        self.system.check()
+        self._check_promises()
+        self._ended = asyncio.get_running_loop().create_future()
+        plans = list(_plans(self.system))
+        subscriptions = [subscription for _, subscription, _ in plans]
+        channels = _channels(self.system)
+        await self.transport.start(channels.values(), subscriptions)
+        try:
+            shared = await self.store.start(self.transport, subscriptions)
+        except BaseException:
+            await self.transport.stop()
+            raise
+        try:
+            await self._open(plans, channels, shared)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _open(
+        self, plans: list[tuple[Service, Subscription, list[Handler]]], channels: dict[str, Channel], shared: bool  # noqa: FBT001
+    ) -> None:
+        engine = getattr(self.store, "engine", None)
+        if engine is not None:
+            engine.on_failure.append(self._fail)
+        for service in self.system.services:
+            await self.store.run_schema(service.statements)
+            self._running[service.name] = Running(self, service, await self._open_resources(service))
+        alone = asyncio.Lock()
+        for service, subscription, handlers in plans:
+            self._consumers.append(self._consumer(service, subscription, handlers, shared=shared, alone=alone))
+        relay = Relay(self.store, self.transport, channels, self.clock)
+        self._relay = asyncio.create_task(relay.work())
+        self._relay.add_done_callback(self._task_ended)
+        for service in self.system.services:
+            for background in service.backgrounds:
+                task = asyncio.create_task(self._background(background, self._running[service.name]))
+                task.add_done_callback(self._task_ended)
+                self._backgrounds.append(task)
+
+    def _consumer(
+        self, service: Service, subscription: Subscription, handlers: list[Handler], *, shared: bool, alone: asyncio.Lock
+    ) -> Consumer:
+        options = handlers[0].options
+        parking = Parking(
+            subscription,
+            store=self.store,
+            transport=self.transport,
+            clock=self.clock,
+            hooks=self.hooks,
+            run=lambda deliveries: consumer.run_parked(deliveries),
+            limit=options.parked_limit,
+        )
+        consumer = Consumer(
+            subscription,
+            options,
+            batch=handlers[0].batch,
+            transport=self.transport,
+            store=self.store,
+            clock=self.clock,
+            parking=parking,
+            shared=shared,
+            alone=alone,
+            failed=self._fail,
+        )
+        self.store.on_change(parking.notify)
+        routes, every = compile_routes(handlers, self._running[service.name].resources)
+        consumer.start(
+            Deliverer(
+                subscription,
+                service=service.name,
+                routes=routes,
+                every=every,
+                store=self.store,
+                parking=parking,
+                hooks=self.hooks,
+                clock=self.clock,
+                settled=consumer.settled,
+            )
+        )
+        return consumer
+
+    async def stop(self) -> None:
+        """Stop receiving, finish what is under way, flush the outbox, settle, close."""
+        for task in self._backgrounds:
+            task.cancel()
+        await asyncio.gather(*self._backgrounds, return_exceptions=True)
+        self._backgrounds.clear()
+        await self.transport.drain()
+        await asyncio.gather(*(consumer.drain(self._grace_s) for consumer in self._consumers))
+        for consumer in self._consumers:
+            await consumer.stop()
+        self._consumers.clear()
+        if self._relay is not None:
+            self._relay.cancel()
+            await asyncio.gather(self._relay, return_exceptions=True)
+            self._relay = None
+        await self._resources.aclose()
+        await self.store.stop()
+        await self.transport.stop()
+
+    def run(self) -> None:
+        """Run until SIGTERM or SIGINT; a second signal stops at once.
+
+        Raises: what ended the system, if it did not end by a signal.
+        """
+        try:
+            import uvloop
+        except ImportError:
+            asyncio.run(self.serve())
+        else:
+            uvloop.run(self.serve())
+
+    async def serve(self) -> None:
+        """Run inside an event loop until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        async with self:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._signalled, number)
+            log.info("%s runs on %s", self.system.name, parse_address(self.transport_url).shown)
+            try:
+                await self.ended()
+            finally:
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    loop.remove_signal_handler(number)
+                    signal.signal(number, signal.SIG_DFL)
+
+    def _signalled(self, number: int) -> None:
+        log.info("signal %s: stopping; a second one stops at once", signal.Signals(number).name)
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    async def ended(self) -> None:
+        """Wait until the system is told to stop.
+
+        Raises: the error that ended it.
+        """
+        assert self._ended is not None  # noqa: S101 - set by start
+        await asyncio.shield(self._ended)
+
+    def _fail(self, error: BaseException) -> None:
+        log.error("%s stops: %s", self.system.name, error, exc_info=error)
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
+            self._ended.exception()  # seen here; `ended` raises it again for whoever waits
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    async def _background(self, function: Callable[[Running], Any], running: Running) -> None:
+        await function(running)
+
+    # --- publishing from outside handlers ---
+
+    async def publish(self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any) -> str:
+        """Publish one message; it is confirmed when this returns.
+
+        Returns: the message's id.
+        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused.
+        """
+        channel, message = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
+        await self.transport.send((Staged(to or channel, message),))
+        return message.id
+
+    async def publish_all(self, payloads: Sequence[Any]) -> list[str]:
+        """Publish messages in order, as one batch; all are confirmed when this returns.
+
+        Raises: as `publish`.
+        """
+        made = [make_message(payload, self.clock, self.system.name, None, None, None, {}) for payload in payloads]
+        await self.transport.send([Staged(channel, message) for channel, message in made])
+        return [message.id for _, message in made]
+
+    async def send(self, payload: Any, **options: Any) -> str:
+        """Send a command; like `publish`, for Queues."""
+        return await self.publish(payload, **options)
+
+    async def schedule(self, payload: Any, at: datetime | timedelta, **attributes: Any) -> str:
+        """Store a message that is published at a time, or so long from now; it is stored when this returns."""
+        due = due_time(at, self.clock.now())
+        channel, message = make_message(payload, self.clock, self.system.name, None, None, None, attributes)
+        await self.commit([Staged(channel, message, due)])
+        return message.id
+
+    async def commit(self, staged: Sequence[Staged]) -> None:
+        """Commit staged messages through the store."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        unit = Unit((), lambda _unit, error: _resolve(future, error))
+        unit.staged = list(staged)
+        self.store.submit(unit)
+        await future
+
+    def running(self, service: Service | str) -> Running:
+        """Return one service at work: its resources and units of work.
+
+        Raises: DefinitionError E112 if it is not part of this system.
+        """
+        name = service if isinstance(service, str) else service.name
+        if name not in self._running:
+            raise DefinitionError("E112", f"no service {name!r} runs here", f"there are: {', '.join(self._running)}")
+        return self._running[name]
+
+    # --- checks and resources ---
+
+    def _check_promises(self) -> None:
+        capabilities = self.transport.capabilities
+        for service in self.system.services:
+            for handler in service.handlers:
+                channel = handler.channel
+                if isinstance(channel, Queue) and channel.priority and not capabilities.priority:
+                    raise DefinitionError(
+                        "E116",
+                        f"queue {channel.name!r} asks for priority, which {self.transport_url.split(':')[0]} cannot keep",
+                        "use another transport or declare the queue without priority",
+                    )
+                if handler.options.retry.longest_s >= INBOX_WINDOW_S:
+                    raise DefinitionError(
+                        "E115",
+                        f"{handler.name} retries for up to {handler.options.retry.longest_s:.0f} s, longer than the"
+                        f" inbox remembers ({INBOX_WINDOW_S:.0f} s)",
+                        "shorten delays_s",
+                    )
+
+    async def _open_resources(self, service: Service) -> dict[Any, Any]:
+        opened: dict[Any, Any] = {}
+        for cls, factory in service.factories.items():
+            try:
+                opened[cls] = await _open_resource(self._resources, factory)
+            except (ConfigurationError, TransportError):
+                raise
+            except Exception as error:
+                raise ConfigurationError(
+                    "E208",
+                    f"{service.name}: {getattr(cls, '__name__', cls)} could not be opened: {type(error).__name__}: {error}",
+                    "see the cause above",
+                ) from error
+        return opened
+
+
+class Running:
+    """One service at work, as its background tasks see it.
+
+    Attributes:
+        resources: what `provide` opened, by type.
+    """
+
+    def __init__(self, app: App, service: Service, resources: dict[Any, Any]) -> None:
+        self.app = app
+        self.service = service
+        self.resources = resources
+
+    def resource(self, cls: type[T]) -> T:
+        """Return the resource provided for `cls`.
+
+        Raises: DefinitionError E108 if there is none.
+        """
+        if cls not in self.resources:
+            raise DefinitionError("E108", f"{self.service.name} provides no {cls.__name__}", "add service.provide(...)")
+        return self.resources[cls]  # type: ignore[no-any-return]
+
+    async def publish(self, payload: Any, **options: Any) -> str:
+        """Publish one message, confirmed when this returns; see App.publish."""
+        return await self.app.publish(payload, **options)
+
+    @contextlib.asynccontextmanager
+    async def unit_of_work(self) -> AsyncIterator[Context]:
+        """Commit your statements and publications together, outside a handler.
+
+        The commit is done when the block ends; an exception undoes all of it.
+        Raises: TransportError if the commit was refused.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        unit = Unit((), lambda _unit, error: _resolve(future, error), self.service.name)
+        context = Context(
+            unit=unit,
+            store=self.app.store,
+            clock=self.app.clock,
+            source=self.service.name,
+            message=None,
+            attempt=0,
+            allowed=None,
+            log=logging.getLogger(f"trunkline.handler.{self.service.name}"),
+        )
+        try:
+            yield context
+        except BaseException:
+            await self.app.store.rollback(unit)
+            raise
+        self.app.store.submit(unit)
+        await future
+
+
+def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return  # whoever waited was cancelled
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
+    """Return the subscriptions of a system with their handlers."""
+    found: dict[tuple[str, str], tuple[Service, Subscription, list[Handler]]] = {}
+    for service in system.services:
+        for handler in service.handlers:
+            name, channel = service.reader_of(handler)
+            plan = found.get((name, channel))
+            if plan is None:
+                subscription = Subscription(name, handler.channel, handler.options.start)
+                found[name, channel] = (service, subscription, [handler])
+            elif plan[0] is not service:
+                raise DefinitionError(
+                    "E103",
+                    f"services {plan[0].name!r} and {service.name!r} share subscription {name!r} of {channel!r}",
+                    "give each its own name",
+                )
+            else:
+                plan[2].append(handler)
+    return list(found.values())
+
+
+def _channels(system: System) -> dict[str, Channel]:
+    """Return every channel that a system reads or publishes to, by name."""
+    from trunkline.channel import message_type
+
+    channels: dict[str, Channel] = {}
+    for service in system.services:
+        for handler in service.handlers:
+            found = [handler.channel]
+            for cls in handler.gives:
+                declared = message_type(cls)
+                if declared is not None:
+                    found.append(declared.channel)
+            for channel in found:
+                if channels.setdefault(channel.name, channel) is not channel:
+                    raise DefinitionError(
+                        "E109", f"two channels are named {channel.name!r}", "share one object, or rename one of them"
+                    )
+    return channels
+
+
+async def _open_resource(stack: contextlib.AsyncExitStack, factory: Callable[[], Any]) -> Any:
+    if inspect.isasyncgenfunction(factory):
+        return await stack.enter_async_context(contextlib.asynccontextmanager(factory)())
+    if inspect.isgeneratorfunction(factory):
+        return stack.enter_context(contextlib.contextmanager(factory)())
+    made = factory()
+    if inspect.isawaitable(made):
+        made = await made
+    if hasattr(made, "__aenter__"):
+        return await stack.enter_async_context(made)
+    if hasattr(made, "__enter__"):
+        return stack.enter_context(made)
+    return made
+
+
+__all__ = ["App", "Running", "offload"]

@@ -1,0 +1,288 @@
+"""Channels and the types they carry: Queue, Topic, Stream.
+
+Invariant: a type has one home channel and one name there; only registered types are ever decoded.
+Never does: I/O. Read next: handler.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from operator import attrgetter, itemgetter
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints, is_typeddict, overload
+
+import msgspec
+
+from trunkline.codec import Decode, Encode, compile_codec, decode_payload
+from trunkline.errors import DecodeError, DefinitionError
+from trunkline.message import Message
+
+C = TypeVar("C", bound=type)
+Upcaster = Callable[[dict[str, Any]], dict[str, Any]]
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,118}[a-z0-9])?")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+")
+
+
+class Struct(msgspec.Struct, frozen=True):
+    """Base for message payloads: an immutable msgspec Struct."""
+
+
+class MessageType:
+    """One payload class on its home channel.
+
+    Attributes:
+        cls: the payload class.
+        name: CloudEvents `type`.
+        version: schema version, 1 or more.
+        kind: `event` (may have many readers) or `command` (one owner).
+        key: field that gives the partition key, if the channel orders by key.
+        upcasters: from version → function on the plain dict, giving the next version.
+    """
+
+    __slots__ = ("_decode", "channel", "cls", "encode", "key", "key_of", "kind", "name", "upcasters", "version")
+
+    def __init__(self, cls: type, name: str, version: int, channel: Channel, kind: str, key: str | None) -> None:
+        self.cls = cls
+        self.name = name
+        self.version = version
+        self.channel = channel
+        self.kind = kind
+        self.key = key
+        self.encode: Encode
+        self._decode: Decode
+        self.encode, self._decode = compile_codec(cls)
+        self.key_of = _key_getter(cls, key)
+        self.upcasters: dict[int, Upcaster] = {}
+
+    def decode(self, message: Message) -> Any:
+        """Return the payload of `message`, upcast to this class when it was written by an older version.
+
+        Raises: DecodeError.
+        """
+        if message.schemaversion >= self.version or not self.upcasters:
+            return decode_payload(self._decode, message.data, self.name)
+        plain = decode_payload(_plain, message.data, self.name)
+        for version in range(message.schemaversion, self.version):
+            upcast = self.upcasters.get(version)
+            if upcast is None:
+                raise DecodeError(
+                    "E413",
+                    f"{self.name} has schema version {message.schemaversion} and nothing upcasts version {version}",
+                    f"add @{self.channel.variable}.upcast({self.cls.__name__}, version={version})",
+                )
+            try:
+                plain = upcast(plain)
+            except Exception as error:
+                raise DecodeError(
+                    "E414", f"upcasting {self.name} from version {version} failed: {error!r}"
+                ) from error
+        return decode_payload(self._decode, msgspec.json.encode(plain), self.name)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.name} v{self.version} on {self.channel.name}>"
+
+
+_plain: Decode = msgspec.json.Decoder(dict[str, Any]).decode
+_by_class: dict[type, MessageType] = {}
+
+
+def message_type(cls: type) -> MessageType | None:
+    """Return what is declared for a payload class, or None."""
+    return _by_class.get(cls)
+
+
+class Channel:
+    """A named, typed place. Use Queue, Topic or Stream.
+
+    Args:
+        name: lower-case letters, digits, `-`, `_` and `.`, up to 120 characters; the same on every transport.
+        key: field of the payloads that gives the partition key.
+    Raises: DefinitionError E113 for a name outside these rules.
+    """
+
+    kind: ClassVar[Literal["queue", "topic", "stream"]]
+
+    def __init__(self, name: str, *, key: str | None = None) -> None:
+        check_name("channel", name)
+        self.name = name
+        self.key = key
+        self.types: dict[str, MessageType] = {}
+
+    @property
+    def variable(self) -> str:
+        """Return the name as a Python variable, for hints in errors."""
+        return re.sub(r"\W", "_", self.name)
+
+    def _declare(self, cls: C, kind: str, name: str | None, version: int, key: str | None) -> C:
+        type_name = name or _default_type_name(cls.__name__)
+        known = _by_class.get(cls)
+        if known is not None:
+            raise DefinitionError(
+                "E106",
+                f"{cls.__name__} already has its home on channel {known.channel.name!r}",
+                f"declare another class for {self.name!r}, or publish with to={self.variable}",
+            )
+        if type_name in self.types:
+            raise DefinitionError(
+                "E109",
+                f"type {type_name!r} is declared twice on channel {self.name!r}",
+                "give one of them type=...; an older form of the same type is read by an upcaster",
+            )
+        if version < 1:
+            raise DefinitionError("E120", f"version {version} of {type_name!r}", "versions start at 1")
+        declared = MessageType(cls, type_name, version, self, kind, key or self.key)
+        self.types[type_name] = declared
+        _by_class[cls] = declared
+        return cls
+
+    def upcast(self, cls: type, *, version: int) -> Callable[[Upcaster], Upcaster]:
+        """Register how a plain dict of schema `version` becomes one of `version` + 1.
+
+        Raises: DefinitionError E111 if `cls` is not declared here or `version` is not an older one.
+        """
+        declared = _by_class.get(cls)
+        if declared is None or declared.channel is not self:
+            raise DefinitionError("E111", f"{cls.__name__} is not declared on channel {self.name!r}")
+        if not 1 <= version < declared.version:
+            raise DefinitionError(
+                "E111",
+                f"upcaster of {declared.name!r} from version {version}",
+                f"the class is version {declared.version}; upcasters start from 1 to {declared.version - 1}",
+            )
+
+        def register(function: Upcaster) -> Upcaster:
+            declared.upcasters[version] = function
+            return function
+
+        return register
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+class _EventChannel(Channel):
+    @overload
+    def event(self, cls: C, /) -> C: ...
+    @overload
+    def event(
+        self, *, type: str | None = None, version: int = 1, key: str | None = None  # noqa: A002
+    ) -> Callable[[C], C]: ...
+    def event(
+        self,
+        cls: Any = None,
+        /,
+        *,
+        type: str | None = None,  # noqa: A002 - the CloudEvents attribute's name
+        version: int = 1,
+        key: str | None = None,
+    ) -> Any:
+        """Declare a class as an event of this channel.
+
+        Args:
+            type: CloudEvents type; default from the class name, `OrderCreated` → `order.created`.
+            version: schema version of this class.
+            key: field that gives the partition key, instead of the channel's.
+        Raises: DefinitionError E106, E109, E110, E119.
+        """
+        if cls is not None:
+            return self._declare(cls, "event", type, version, key)
+        return lambda decorated: self._declare(decorated, "event", type, version, key)
+
+
+class Queue(Channel):
+    """Work distribution: each message goes to one receiver; its processes compete.
+
+    Args:
+        name: see Channel.
+        key: messages of one key run one after the other inside one process.
+        priority: whether `priority` 0-9 lets messages overtake.
+    """
+
+    kind = "queue"
+
+    def __init__(self, name: str, *, key: str | None = None, priority: bool = False) -> None:
+        super().__init__(name, key=key)
+        self.priority = priority
+
+    @overload
+    def command(self, cls: C, /) -> C: ...
+    @overload
+    def command(
+        self, *, type: str | None = None, version: int = 1, key: str | None = None  # noqa: A002
+    ) -> Callable[[C], C]: ...
+    def command(
+        self,
+        cls: Any = None,
+        /,
+        *,
+        type: str | None = None,  # noqa: A002 - the CloudEvents attribute's name
+        version: int = 1,
+        key: str | None = None,
+    ) -> Any:
+        """Declare a class as a command sent over this queue; one service owns it.
+
+        Raises: DefinitionError E106, E109, E110, E119.
+        """
+        if cls is not None:
+            return self._declare(cls, "command", type, version, key)
+        return lambda decorated: self._declare(decorated, "command", type, version, key)
+
+
+class Topic(_EventChannel):
+    """Publish/subscribe: each subscription gets each message once."""
+
+    kind = "topic"
+
+
+class Stream(_EventChannel):
+    """A partitioned log: order per key, offsets, replay.
+
+    Args:
+        name: see Channel.
+        key: field of the payloads that gives the partition key.
+        partitions: how many processes of one subscription can share the work, 1 to 1024.
+        retention_s: seconds that messages stay readable; None keeps them.
+    Raises: DefinitionError E113 or E120.
+    """
+
+    kind = "stream"
+
+    def __init__(
+        self, name: str, *, key: str | None = None, partitions: int = 16, retention_s: float | None = None
+    ) -> None:
+        super().__init__(name, key=key)
+        if not 1 <= partitions <= 1024:  # noqa: PLR2004
+            raise DefinitionError("E120", f"stream {name!r} with {partitions} partitions", "1 to 1024 are possible")
+        self.partitions = partitions
+        self.retention_s = retention_s
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that some transport could not carry.
+
+    Raises: DefinitionError E113.
+    """
+    if not _NAME.fullmatch(name):
+        raise DefinitionError(
+            "E113",
+            f"{what} name {name[:130]!r}",
+            "use lower-case letters, digits, '-', '_' and '.', starting and ending with a letter or digit, up to 120",
+        )
+
+
+def _default_type_name(class_name: str) -> str:
+    return ".".join(_WORD.findall(class_name)).lower()
+
+
+def _key_getter(cls: type, key: str | None) -> Callable[[Any], Any] | None:
+    if key is None:
+        return None
+    names = set(get_type_hints(cls))
+    if key not in names:
+        raise DefinitionError(
+            "E110",
+            f"{cls.__name__} has no field {key!r} to order by",
+            f"fields are: {', '.join(sorted(names)) or 'none'}; name one with key=",
+        )
+    return itemgetter(key) if is_typeddict(cls) else attrgetter(key)

@@ -1,0 +1,120 @@
+"""Payload objects to bytes and back, compiled once per type.
+
+Invariant: size and depth are checked before decoding; bytes that do not fit the type raise DecodeError,
+never anything else. Never does: envelopes (message.py) or choosing types from the wire (channel.py).
+Read next: channel.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, is_typeddict
+
+import msgspec
+
+from trunkline.errors import DecodeError, DefinitionError, PayloadError
+
+Encode = Callable[[Any], bytes]
+Decode = Callable[[bytes], Any]
+
+MAX_PAYLOAD_BYTES = 1024 * 1024
+"""Largest payload accepted, to publish or to read. Bigger data goes by reference (claim check)."""
+MAX_DEPTH = 64
+"""Deepest nesting of arrays and objects that is read."""
+
+encode_json = msgspec.json.Encoder(order=None).encode
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+
+
+def compile_codec(cls: type) -> tuple[Encode, Decode]:
+    """Return (encode, decode) of JSON for `cls`.
+
+    Args:
+        cls: msgspec Struct, dataclass, attrs class, TypedDict or pydantic model.
+    Raises: DefinitionError E119 if values of `cls` have no JSON form.
+    """
+    if hasattr(cls, "model_validate_json"):
+        return _compile_pydantic(cls)
+    fields = ("__struct_fields__", "__dataclass_fields__", "__attrs_attrs__")
+    if not (is_typeddict(cls) or any(hasattr(cls, name) for name in fields)):
+        raise DefinitionError(
+            "E119",
+            f"{cls.__name__} cannot be a message payload",
+            "use a Struct, dataclass, attrs class, TypedDict or pydantic model",
+        )
+    try:
+        decoder = msgspec.json.Decoder(cls)
+    except TypeError as error:
+        raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
+    return encode_json, decoder.decode
+
+
+def _compile_pydantic(cls: Any) -> tuple[Encode, Decode]:
+    def encode(payload: Any) -> bytes:
+        return payload.model_dump_json().encode()  # type: ignore[no-any-return]
+
+    return encode, cls.model_validate_json
+
+
+def check_limits(data: bytes) -> None:
+    """Refuse payload bytes that are too large or too deeply nested.
+
+    Raises: DecodeError E410 (size) or E411 (depth).
+    """
+    if len(data) > MAX_PAYLOAD_BYTES:
+        raise DecodeError(
+            "E410", f"payload of {len(data)} bytes", f"at most {MAX_PAYLOAD_BYTES} are read"
+        )
+    # Cheap upper bound first: only many brackets can nest deeply.
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+        raise DecodeError("E411", "payload is nested too deeply", f"at most {MAX_DEPTH} levels are read")
+
+
+def decode_payload(decode: Decode, data: bytes, what: str) -> Any:
+    """Decode `data` within the limits.
+
+    Args:
+        what: name of the message type, for the error.
+    Raises: DecodeError E410, E411 or E412.
+    """
+    check_limits(data)
+    try:
+        return decode(data)
+    except (ValueError, RecursionError, TypeError) as error:  # msgspec and pydantic errors are ValueErrors
+        raise DecodeError("E412", f"payload is not a valid {what}: {_first_line(error)}") from error
+
+
+def encode_payload(encode: Encode, payload: Any, what: str) -> bytes:
+    """Encode `payload` within the size limit.
+
+    Raises: PayloadError E301 (no JSON form) or E302 (too large).
+    """
+    try:
+        data = encode(payload)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PayloadError("E301", f"{what} cannot be encoded: {_first_line(error)}") from error
+    if len(data) > MAX_PAYLOAD_BYTES:
+        raise PayloadError(
+            "E302",
+            f"{what} is {len(data)} bytes",
+            f"at most {MAX_PAYLOAD_BYTES} are accepted; store it elsewhere and send a reference",
+        )
+    return data
+
+
+def _depth(data: bytes) -> int:
+    deepest = level = 0
+    for match in _TOKENS.finditer(data):
+        token = match.group()
+        if token in b"[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif token in b"]}":
+            level -= 1
+    return deepest
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

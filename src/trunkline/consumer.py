@@ -1,0 +1,280 @@
+"""One subscription at work: receive, lanes, deliver, and what follows a commit.
+
+Invariant: at most `limit` messages are under way; a commit that failed is done again in the order of the
+messages, and nothing later of the subscription is committed before. Never does: decide outcomes (delivery.py).
+Read next: delivery.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from trunkline.clock import Clock
+from trunkline.delivery import MAX_CRASHES, Deliverer
+from trunkline.errors import TransportError, TrunklineError
+from trunkline.handler import Options
+from trunkline.lanes import Lanes
+from trunkline.message import unpack
+from trunkline.outcome import ACK, DeadLetter
+from trunkline.parking import Parking
+from trunkline.store import Store, Unit
+from trunkline.transport import LIVE, Delivery, Subscription, Transport
+
+log = logging.getLogger("trunkline.consumer")
+
+IN_FLIGHT = 1000
+"""Most messages of one subscription under way in one process."""
+AGAIN_S = 1.0
+"""Wait before doing again what the store could not commit."""
+
+
+class Consumer:
+    """Receives for one subscription and sees its messages through.
+
+    Args:
+        shared: whether the Store commits settlements itself.
+        alone: held while a message runs that may have taken a process down.
+        failed: told about an error that ends the service.
+    """
+
+    def __init__(  # noqa: PLR0913 - wired by app only
+        self,
+        subscription: Subscription,
+        options: Options,
+        *,
+        batch: bool,
+        transport: Transport,
+        store: Store,
+        clock: Clock,
+        parking: Parking,
+        shared: bool,
+        alone: asyncio.Lock,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.subscription = subscription
+        self.parking = parking
+        self.deliverer: Deliverer
+        self._options = options
+        self._batch = batch
+        self._transport = transport
+        self._store = store
+        self._clock = clock
+        self._shared = shared
+        self._alone = alone
+        self._failed = failed
+        self._tasks: list[asyncio.Task[None]] = []
+        self._under_way = 0
+        self._free: asyncio.Future[None] | None = None
+        self._assignment = -1
+        self._redo: list[Delivery] = []
+        self._acks: list[Delivery] = []
+        self._gathered: list[Delivery] = []
+        self._gathering = asyncio.Event()
+        self.lanes: Lanes
+
+    def start(self, deliverer: Deliverer) -> None:
+        """Begin to receive."""
+        self.deliverer = deliverer
+        self.lanes = Lanes(deliverer.deliver, self._options.concurrency)
+        self.lanes.failure = self._failed
+        self._spawn(self._receive())
+        self._spawn(self.parking.work())
+        if self._batch:
+            self._spawn(self._run_batches())
+
+    def _spawn(self, coroutine: object) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    async def drain(self, grace_s: float) -> None:
+        """Let what is under way finish for up to `grace_s` seconds, then cancel it; its messages come again."""
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._empty()
+        except TimeoutError:
+            log.warning("%s: %d messages unfinished at stop; they come again", self.subscription.label, self._under_way)
+
+    async def _empty(self) -> None:
+        while self._under_way:
+            self._free = asyncio.get_running_loop().create_future()
+            await self._free
+
+    async def stop(self) -> None:
+        """Cancel everything."""
+        self.deliverer.stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.lanes.stop()
+
+    # --- receiving ---
+
+    async def _receive(self) -> None:
+        while True:
+            while self._under_way >= IN_FLIGHT:
+                self._free = asyncio.get_running_loop().create_future()
+                await self._free
+            await self.parking.room()
+            batch = await self._transport.receive(self.subscription, IN_FLIGHT - self._under_way)
+            self._under_way += len(batch)
+            assignment = self._transport.assignment(self.subscription)
+            if assignment != self._assignment:
+                # Before anything of a partition that is new here runs: its parked keys must be known.
+                await self.parking.load()
+                self._assignment = assignment
+            await self._admit(batch)
+
+    async def _admit(self, batch: list[Delivery]) -> None:
+        """Read envelopes, acknowledge what was handled before, treat suspects, hand the rest to the lanes."""
+        for delivery in batch:
+            if delivery.message is None:
+                self._read_envelope(delivery)
+        known = self._store.known(self.subscription, batch)
+        if known:
+            rest = []
+            for delivery in batch:
+                if delivery.message is not None and delivery.message.identity in known:
+                    self._acknowledge(delivery)
+                else:
+                    rest.append(delivery)
+            batch = rest
+        if any(delivery.suspect for delivery in batch):
+            batch = await self._admit_suspects(batch)
+        self._run(batch)
+
+    def _read_envelope(self, delivery: Delivery) -> None:
+        try:
+            delivery.message = message = unpack(delivery.raw)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - any bytes may be there; deliver says so and buries it
+            log.debug("unreadable envelope on %s: %s", self.subscription.label, error)
+        else:
+            if delivery.key is None:
+                delivery.key = message.partitionkey
+
+    def _acknowledge(self, delivery: Delivery) -> None:
+        unit = Unit((delivery,), self.settled)
+        unit.duplicate = True
+        self.deliverer.settle(unit, ACK)
+
+    async def _admit_suspects(self, batch: list[Delivery]) -> list[Delivery]:
+        """Count the try on disk before it begins; run alone what was under way in more than one crash."""
+        suspects = [delivery for delivery in batch if delivery.suspect]
+        counts = dict(zip(map(id, suspects), await self._store.begin_attempts(suspects), strict=True))
+        runnable: list[Delivery] = []
+        for delivery in batch:
+            count = counts.get(id(delivery), 0)
+            if count > MAX_CRASHES:
+                reason = f"the process died {count} times while handling it"
+                delivery.attempt = count
+                self.deliverer.settle(Unit((delivery,), self.settled), DeadLetter("crashed", reason))
+            elif count > 1:
+                self._run(runnable)
+                runnable = []
+                await self._run_alone(delivery)
+            else:
+                runnable.append(delivery)
+        return runnable
+
+    async def _run_alone(self, delivery: Delivery) -> None:
+        async with self._alone:
+            await self.lanes.idle()
+            self._run([delivery])
+            await self.lanes.idle()
+
+    def _run(self, deliveries: Sequence[Delivery]) -> None:
+        if not deliveries:
+            return
+        if self._batch:
+            self._gathered += deliveries
+            self._gathering.set()
+        else:
+            self.lanes.add(deliveries)
+
+    def run_parked(self, deliveries: list[Delivery]) -> None:
+        """Run parked messages that are due."""
+        for delivery in deliveries:
+            if delivery.message is None:
+                self._read_envelope(delivery)
+        self._under_way += len(deliveries)
+        known = self._store.known(self.subscription, deliveries)
+        fresh = []
+        for delivery in deliveries:
+            if delivery.message is not None and delivery.message.identity in known:
+                self._acknowledge(delivery)
+            else:
+                fresh.append(delivery)
+        self._run(fresh)
+
+    async def _run_batches(self) -> None:
+        options = self._options.batch
+        while True:
+            await self._gathering.wait()
+            if options.wait_s and len(self._gathered) < options.size:
+                await self._clock.sleep(options.wait_s)
+            taken, self._gathered = self._gathered[: options.size], self._gathered[options.size :]
+            if not self._gathered:
+                self._gathering.clear()
+            await self.deliverer.deliver_batch(taken)
+
+    # --- after the commit ---
+
+    def settled(self, unit: Unit, error: BaseException | None) -> None:
+        """React to a unit's end: give room, or have it done again."""
+        if error is not None:
+            self._undone(unit, error)
+            return
+        for delivery in unit.deliveries:
+            self.parking.committed(delivery)
+        if not self._shared:
+            live = [delivery for delivery in unit.deliveries if delivery.row == LIVE]
+            if live:
+                if not self._acks:
+                    asyncio.get_running_loop().call_soon(self._send_acks)
+                self._acks += live
+        self._release(len(unit.deliveries))
+
+    def _release(self, count: int) -> None:
+        self._under_way -= count
+        if self._free is not None and not self._free.done():
+            self._free.set_result(None)
+
+    def _send_acks(self) -> None:
+        acks, self._acks = self._acks, []
+        self._spawn(self._transport.settle(acks))
+
+    def _undone(self, unit: Unit, error: BaseException) -> None:
+        """Nothing of `unit` was stored: do it again, before anything later of this subscription."""
+        if not isinstance(error, TrunklineError):
+            # The user's statements broke a constraint at the end of the unit: a failure of the handler.
+            self._retry_unit(unit, error)
+            return
+        if not error.retryable or isinstance(error, TransportError) is False:
+            return  # the engine has stopped; the service stops with it
+        if not self._redo:
+            log.warning("%s: the store refused a commit, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
+            self.deliverer.epoch += 1
+            self._clock.call_later(AGAIN_S, self._do_again)
+        self._redo += unit.deliveries
+
+    def _retry_unit(self, unit: Unit, error: BaseException) -> None:
+        for delivery in unit.deliveries:
+            delivery.attempt += 1
+            verdict = self._options.retry.verdict(error, delivery.attempt + self._options.retry.immediate, self._clock.random())
+            self.deliverer.settle(Unit((delivery,), self.settled, unit.owner), verdict)
+
+    def _do_again(self) -> None:
+        redo, self._redo = self._redo, []
+        redo.sort(key=lambda delivery: delivery.position)
+        self.parking.notify()
+        if self._batch:
+            self._gathered[:0] = redo
+            self._gathering.set()
+        else:
+            self.lanes.add_first(redo)

@@ -1,0 +1,602 @@
+"""One SQLite file: its single writing connection, group commit and the processes that share it.
+
+Invariant: whatever `submit` was told is done is on disk (WAL, synchronous=FULL); a failed sync is fatal
+and never retried; a process that another one took over commits nothing more.
+SQL runs on the loop (microseconds, nothing waits); what waits runs in one thread: the lock, the commit with
+its sync, the checkpoint. Never does: messages (transports/sqlite.py) or inbox (stores/sqlite.py).
+Read next: stores/sqlite.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import apsw
+
+from trunkline.clock import Clock, WorkerThread, block
+from trunkline.errors import (
+    ConfigurationError,
+    FatalStoreError,
+    LeaseLostError,
+    StoreFullError,
+    TransportError,
+)
+from trunkline.process_lock import ProcessLock
+from trunkline.store import DuplicateSignal, Unit
+
+log = logging.getLogger("trunkline.engine")
+T = TypeVar("T")
+
+LEASE_S = 30.0
+"""A process that has not shown a sign of life for so long is taken over, even if it still exists."""
+GROUP_S = 0.004
+"""Longest time that one group keeps the write lock before it commits."""
+LOCK_WAIT_S = 30.0
+"""Longest wait for the write lock that another process holds."""
+POLL_MIN_S, POLL_MAX_S = 0.001, 0.02
+"""How often changes by other processes are looked for, when busy and when idle."""
+SLOW_TRANSACTION_S = 0.25
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE trunkline_process (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, started REAL NOT NULL, beat REAL NOT NULL
+);
+CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO trunkline_counter VALUES ('position', 0);
+"""
+
+
+class Stage(Protocol):
+    """A part of the engine's group: what a transport or store writes for units."""
+
+    schema: str
+
+    def apply(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
+        """Write `units` inside the open transaction."""
+
+    def committed(self, units: Sequence[Unit]) -> None:
+        """React to a successful commit of `units`."""
+
+    def aborted(self) -> None:
+        """Forget what `apply` noted since the last commit: the group was undone."""
+
+    def foreign_change(self) -> None:
+        """React to a commit by another process."""
+
+    def release(self, connection: apsw.Connection, process: int) -> None:
+        """Give back what the dead process `process` held, inside the open transaction."""
+
+
+class _Job:
+    """A function to run inside the write transaction, with its future."""
+
+    __slots__ = ("error", "function", "future", "result")
+
+    def __init__(self, function: Callable[[apsw.Connection], Any], future: asyncio.Future[Any]) -> None:
+        self.function = function
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class Engine:
+    """The file at `path`. One per process and path: use `open_engine`.
+
+    Attributes:
+        process: number of this process in the file, never used twice.
+        reader: read-only connection; sees what is committed.
+    """
+
+    def __init__(self, path: str, clock: Clock, vfs: str | None = None) -> None:
+        self.path = path
+        self.clock = clock
+        self.vfs = vfs
+        self.users = 0
+        self.process = 0
+        self.stages: list[Stage] = []
+        self.failure: TransportError | None = None
+        self.on_failure: list[Callable[[TransportError], None]] = []
+        self._units: list[Unit] = []
+        self._jobs: list[_Job] = []
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._applied: list[Unit] = []
+        self._applied_jobs: list[_Job] = []
+        self._phase = "idle"  # idle | locking | open | held | committing
+        self._scheduled = False
+        self._opened_at = 0.0
+        self._data_version = -1
+        self._commit_s = 0.001
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- opening and closing ---
+
+    async def open(self) -> None:
+        """Open or create the file and register this process.
+
+        Raises: ConfigurationError E203 if the file is not ours; TransportError E501 if it cannot be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+        try:
+            self._writer = apsw.Connection(self.path, flags=flags, vfs=self.vfs)
+            self._prepare()
+            self.reader = apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READONLY, vfs=self.vfs)
+            self.reader.set_busy_timeout(1000)
+        except apsw.NotADBError as error:
+            raise ConfigurationError("E203", f"{self.path} is not a SQLite database", "name another file") from error
+        except (apsw.CantOpenError, apsw.IOError, apsw.ReadOnlyError, apsw.FullError) as error:
+            raise TransportError(
+                "E501", f"{self.path} cannot be opened: {error}", "check that its folder exists and can be written"
+            ) from error
+        self._lock = ProcessLock(self.path)
+        self._thread = WorkerThread(f"trunkline-{Path(self.path).name}")
+        await self._register()
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_lease())]
+
+    def _prepare(self) -> None:
+        writer = self._writer
+        writer.set_busy_timeout(10_000)
+        mode = writer.execute("PRAGMA journal_mode=WAL").fetchall()[0][0]
+        if mode != "wal":
+            raise ConfigurationError(
+                "E204", f"{self.path} cannot use write-ahead logging (mode {mode!r})", "use a local file system"
+            )
+        writer.execute("PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=4000; PRAGMA foreign_keys=ON")
+        writer.execute("BEGIN IMMEDIATE")
+        (version,) = writer.execute("PRAGMA user_version").fetchall()[0]
+        if version not in (0, SCHEMA_VERSION):
+            writer.execute("ROLLBACK")
+            raise ConfigurationError(
+                "E205",
+                f"{self.path} has layout {version}, this release reads {SCHEMA_VERSION}",
+                "use the release that wrote it, or another file",
+            )
+        if version == 0:
+            writer.execute(_SCHEMA + f"PRAGMA user_version={SCHEMA_VERSION}")
+        writer.execute("COMMIT")
+        writer.set_busy_timeout(0)
+
+    async def add_stage(self, stage: Stage) -> None:
+        """Let `stage` take part in each group; creates its tables."""
+        await self.run(lambda connection: connection.execute(stage.schema))
+        self.stages.append(stage)
+
+    async def close(self) -> None:
+        """Commit what was submitted, sign off and close the file."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.failure is None:
+            process = self.process
+            await self.run(lambda c: c.execute("DELETE FROM trunkline_process WHERE id = ?", (process,)))
+        self._thread.stop()
+        self.reader.close()
+        self._writer.close()
+        self._lock.close()
+
+    # --- work for the next group ---
+
+    def submit(self, unit: Unit) -> None:
+        """Commit `unit` with the next group."""
+        if self.failure is not None:
+            self._loop.call_soon(unit.done, unit, self.failure)
+            return
+        self._units.append(unit)
+        if not self._scheduled and self._phase == "idle":
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    async def run(self, function: Callable[[apsw.Connection], T]) -> T:
+        """Run `function(connection)` inside the next group; return its result when it is on disk.
+
+        Raises: what `function` raises (its changes are undone), or TransportError.
+        """
+        if self.failure is not None:
+            raise self.failure
+        job = _Job(function, self._loop.create_future())
+        self._jobs.append(job)
+        self._kick()
+        return cast("T", await job.future)
+
+    async def acquire(self) -> apsw.Connection:
+        """Return the writing connection inside an open transaction, for one handler alone.
+
+        What was submitted before is applied first. Give it back with `release`.
+        """
+        if self.failure is not None:
+            raise self.failure
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._kick()
+        await self._wait_turn(waiter)
+        self._held_at = self.clock.monotonic()
+        self._writer.execute("SAVEPOINT unit")
+        return self._writer
+
+    async def _wait_turn(self, waiter: asyncio.Future[None]) -> None:
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._phase = "open"
+                self._proceed()
+            raise
+
+    def release(self, unit: Unit | None) -> None:
+        """Give the connection back.
+
+        Args:
+            unit: to be committed with what its handler wrote; None undoes that.
+        Raises: what writing the unit raises; then everything of it is undone.
+        """
+        held_s = self.clock.monotonic() - self._held_at
+        if unit is not None and held_s > SLOW_TRANSACTION_S:
+            log.warning(
+                "%s held the transaction for %.2f s; nothing else of %s was committed meanwhile: "
+                "await other things before ctx.transaction()", unit.owner, held_s, self.path,
+            )  # fmt: skip
+        writer = self._writer
+        self._phase = "open"
+        # Checked here and not at COMMIT, where it would undo the units of others too.
+        broken = unit is not None and writer.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]
+        if unit is None or broken:
+            writer.execute("ROLLBACK TO unit; RELEASE unit")
+            self._proceed()
+            if broken:
+                raise apsw.ConstraintError("FOREIGN KEY constraint failed (deferred)")
+            return
+        self._applied.append(unit)
+        try:
+            for stage in self.stages:
+                stage.apply(writer, (unit,))
+            writer.execute("RELEASE unit")
+        except apsw.Error as error:
+            self._fail_group(error)
+        else:
+            self._proceed()
+
+    # --- the group: begin, apply, commit ---
+
+    def _kick(self) -> None:
+        if not self._scheduled and self._phase == "idle":
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        if self._phase == "idle" and (self._units or self._jobs or self._waiters) and self._begin():
+            self._proceed()
+
+    def _begin(self) -> bool:
+        """Open the transaction; False if another process has the lock (then `_locked` goes on)."""
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError:
+            self._phase = "locking"
+            self._thread.submit(self._wait_lock, self._locked)
+            return False
+        except apsw.Error as error:
+            self._fail_group(error)
+            return False
+        return self._begun()
+
+    def _wait_lock(self) -> None:
+        waited = 0.0
+        while True:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+            except apsw.BusyError:
+                if waited > LOCK_WAIT_S:
+                    raise
+                block(0.0003)
+                waited += 0.0003
+            else:
+                return
+
+    def _locked(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._phase = "idle"
+            self._fail_group(error)
+        elif self._begun():
+            self._proceed()
+
+    def _begun(self) -> bool:
+        self._phase = "open"
+        self._opened_at = self.clock.monotonic()
+        try:
+            if self.process and not self._writer.execute(
+                "SELECT 1 FROM trunkline_process WHERE id = ?", (self.process,)
+            ).fetchall():
+                self._writer.execute("ROLLBACK")
+                self._fail(LeaseLostError("E505", f"process {self.process} was taken over", "restart it"))
+                return False
+            (version,) = self._writer.execute("PRAGMA data_version").fetchall()[0]
+        except apsw.Error as error:
+            self._fail_group(error)
+            return False
+        if version != self._data_version:
+            self._data_version = version
+            for stage in self.stages:
+                stage.foreign_change()
+        return True
+
+    def _proceed(self) -> None:
+        """With the transaction open and nobody holding it: apply, let waiters in, commit."""
+        if not self._apply_pending():
+            return
+        while self._waiters and self.clock.monotonic() - self._opened_at < GROUP_S:
+            waiter = self._waiters.popleft()
+            if not waiter.done():  # else its handler was cancelled
+                self._phase = "held"
+                waiter.set_result(None)
+                return
+        self._commit()
+
+    def _apply_pending(self) -> bool:
+        units, self._units = self._units, []
+        jobs, self._jobs = self._jobs, []
+        try:
+            if units:
+                self._apply_units(units)
+            for job in jobs:
+                self._apply_job(job)
+        except apsw.Error as error:
+            self._applied += units
+            self._applied_jobs += jobs
+            self._fail_group(error)
+            return False
+        return True
+
+    def _apply_units(self, units: list[Unit]) -> None:
+        writer = self._writer
+        writer.execute("SAVEPOINT units")
+        try:
+            for stage in self.stages:
+                stage.apply(writer, units)
+        except DuplicateSignal:
+            # Rare: find out which one, by applying them one by one.
+            writer.execute("ROLLBACK TO units")
+            for unit in units:
+                self._apply_one(unit)
+        writer.execute("RELEASE units")
+        self._applied += units
+
+    def _apply_one(self, unit: Unit) -> None:
+        writer = self._writer
+        writer.execute("SAVEPOINT one")
+        try:
+            for stage in self.stages:
+                stage.apply(writer, (unit,))
+        except DuplicateSignal:
+            writer.execute("ROLLBACK TO one")
+            unit.duplicate = True
+            unit.staged = []
+            for stage in self.stages:
+                stage.apply(writer, (unit,))
+        writer.execute("RELEASE one")
+
+    def _apply_job(self, job: _Job) -> None:
+        writer = self._writer
+        writer.execute("SAVEPOINT job")
+        try:
+            job.result = job.function(writer)
+        except (apsw.FullError, apsw.IOError):
+            raise
+        except Exception as error:  # noqa: BLE001 - handed to whoever awaits the job
+            writer.execute("ROLLBACK TO job")
+            job.error = error
+        writer.execute("RELEASE job")
+        self._applied_jobs.append(job)
+
+    def _commit(self) -> None:
+        self._phase = "committing"
+        # A lone small group on a fast disk: the two thread switches would cost as much as the sync.
+        if self._commit_s < 0.0005 and len(self._applied) <= 1:  # noqa: PLR2004
+            error: BaseException | None = None
+            try:
+                self._commit_now()
+            except apsw.Error as caught:
+                error = caught
+            self._committed(error)
+        else:
+            self._thread.submit(self._commit_now, self._committed)
+
+    def _commit_now(self) -> None:
+        began = self.clock.monotonic()
+        self._writer.execute("COMMIT")
+        self._commit_s += 0.1 * (self.clock.monotonic() - began - self._commit_s)
+
+    def _committed(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail_group(error)
+            return
+        self._phase = "idle"
+        units, self._applied = self._applied, []
+        jobs, self._applied_jobs = self._applied_jobs, []
+        if units:
+            for stage in self.stages:
+                stage.committed(units)
+            for unit in units:
+                unit.done(unit, None)
+        for job in jobs:
+            if job.future.done():
+                continue
+            if job.error is None:
+                job.future.set_result(job.result)
+            else:
+                job.future.set_exception(job.error)
+        if (self._units or self._jobs or self._waiters) and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    # --- failure ---
+
+    def _fail_group(self, error: BaseException) -> None:
+        """Undo the group and tell everyone in it; fatal if the disk did not keep its word."""
+        failure = _translate(error, self.path)
+        if not self._writer.in_transaction:
+            self._phase = "idle"
+        else:
+            try:
+                self._writer.execute("ROLLBACK")
+            except apsw.Error as rollback_error:
+                failure = FatalStoreError("E503", f"{self.path} cannot roll back: {rollback_error}", "stop and check the disk")
+            self._phase = "idle"
+        if isinstance(failure, FatalStoreError):
+            self._fail(failure)
+            return
+        for stage in self.stages:
+            stage.aborted()
+        self._tell(failure)
+        self._kick()
+
+    def _tell(self, failure: TransportError) -> None:
+        units, self._applied, self._units = self._applied + self._units, [], []
+        jobs, self._applied_jobs, self._jobs = self._applied_jobs + self._jobs, [], []
+        for unit in units:
+            unit.done(unit, failure)
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_exception(failure)
+
+    def _fail(self, failure: TransportError) -> None:
+        """Stop for good: nothing is written after this."""
+        if self.failure is None:
+            self.failure = failure
+        self._phase = "failed"
+        self._tell(failure)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(failure)
+        self._waiters.clear()
+        for callback in self.on_failure:
+            callback(failure)
+
+    # --- other processes ---
+
+    async def _register(self) -> None:
+        now = self.clock.now()
+        pid = ProcessLock.pid()
+
+        def register(connection: apsw.Connection) -> int:
+            connection.execute(
+                "INSERT INTO trunkline_process (pid, started, beat) VALUES (?, ?, ?)", (pid, now, now)
+            )
+            number = connection.last_insert_rowid()
+            # Taken before the commit: no other process can see the row and find it unlocked.
+            self._lock.take(number)
+            return number
+
+        self.process = await self.run(register)
+
+    async def sweep(self) -> None:
+        """Take over from processes that died; called at start and about once a second."""
+        now = self.clock.now()
+        rows = self.reader.execute("SELECT id, beat FROM trunkline_process").fetchall()
+        dead = [number for number, beat in rows if self._is_dead(number, beat, now)]
+        if not dead:
+            return
+
+        def take_over(connection: apsw.Connection) -> list[int]:
+            taken = []
+            for number in dead:
+                connection.execute("DELETE FROM trunkline_process WHERE id = ?", (number,))
+                if connection.changes():
+                    taken.append(number)
+                    for stage in self.stages:
+                        stage.release(connection, number)
+            return taken
+
+        for number in await self.run(take_over):
+            log.warning("process %d of %s is gone; its messages are taken over", number, self.path)
+            for stage in self.stages:
+                stage.foreign_change()
+
+    def _is_dead(self, number: int, beat: float, now: float) -> bool:
+        return number != self.process and (beat < now - LEASE_S or not self._lock.held_by_another(number))
+
+    async def _keep_lease(self) -> None:
+        last_beat = self.clock.now()
+        while self.failure is None:
+            await self.clock.sleep(1.0)
+            now = self.clock.now()
+            try:
+                if now - last_beat > LEASE_S * 0.3:
+                    last_beat = now
+                    await self.run(
+                        lambda c, at=now: c.execute(  # type: ignore[misc]
+                            "UPDATE trunkline_process SET beat = ? WHERE id = ?", (at, self.process)
+                        )
+                    )
+                await self.sweep()
+            except TransportError as error:
+                log.warning("keeping the lease of %s failed: %s", self.path, error)
+
+    async def _watch(self) -> None:
+        """Notice commits by other processes."""
+        wait_s = POLL_MIN_S
+        while self.failure is None:
+            await self.clock.sleep(wait_s)
+            if self._phase != "idle":
+                wait_s = POLL_MIN_S
+                continue
+            (version,) = self._writer.execute("PRAGMA data_version").fetchall()[0]
+            if version == self._data_version:
+                wait_s = min(wait_s * 1.3, POLL_MAX_S)
+                continue
+            wait_s = POLL_MIN_S
+            self._data_version = version
+            for stage in self.stages:
+                stage.foreign_change()
+
+
+def _translate(error: BaseException, path: str) -> TransportError:
+    if isinstance(error, TransportError):
+        return error
+    if isinstance(error, apsw.FullError):
+        return StoreFullError("E502", f"no room left for {path}", "free disk space; nothing of this was stored")
+    if isinstance(error, apsw.IOError | apsw.CorruptError | apsw.NotADBError):
+        return FatalStoreError(
+            "E503", f"the disk failed under {path}: {error}", "what was confirmed is kept; stop, check the disk, restart"
+        )
+    if isinstance(error, apsw.BusyError):
+        return TransportError("E504", f"{path} was locked by another process for over {LOCK_WAIT_S:.0f} s", "find it")
+    return TransportError("E506", f"{path} refused a statement: {error}")
+
+
+_engines: dict[tuple[int, str], Engine] = {}
+
+
+async def open_engine(path: str, clock: Clock, vfs: str | None = None) -> Engine:
+    """Return this process's Engine of `path`, opened; `close_engine` gives it back.
+
+    Two connections of one process on one file would share and lose POSIX locks, so there is one.
+    """
+    resolved = path if path == ":memory:" else str(Path(path).resolve())
+    key = (id(asyncio.get_running_loop()), resolved)
+    engine = _engines.get(key)
+    if engine is None:
+        engine = _engines[key] = Engine(resolved, clock, vfs)
+        try:
+            await engine.open()
+        except BaseException:
+            del _engines[key]
+            raise
+    engine.users += 1
+    return engine
+
+
+async def close_engine(engine: Engine) -> None:
+    """Give an Engine back; the last user closes it."""
+    engine.users -= 1
+    if engine.users == 0:
+        for key, value in list(_engines.items()):
+            if value is engine:
+                del _engines[key]
+        await engine.close()

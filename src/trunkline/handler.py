@@ -1,0 +1,398 @@
+"""Handlers: what a signature says, compiled once, and the Context a handler may ask for.
+
+Invariant: everything about a signature is checked when it is declared; per message nothing is inspected.
+Never does: run handlers (delivery.py). Read next: service.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import types
+import typing
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from trunkline.channel import Channel, MessageType, Queue, message_type
+from trunkline.clock import Clock
+from trunkline.codec import encode_payload
+from trunkline.errors import DefinitionError, PublishError, UnroutableError
+from trunkline.message import Message
+from trunkline.policies.retry import Retry
+from trunkline.store import Store, Transaction, Unit
+from trunkline.transport import Delivery, Staged
+
+if TYPE_CHECKING:
+    from sqlite3 import Connection
+
+R = TypeVar("R")
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """How many messages a `list[T]` handler gets at once.
+
+    Attributes:
+        size: most messages of one call.
+        wait_s: how long to wait for more once there is one, in seconds.
+    """
+
+    size: int = 100
+    wait_s: float = 0.0
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What `@service.handle(...)` says beyond the signature.
+
+    Attributes:
+        subscription: name of the reader; default: the service's.
+        from_: channel to read, where it is not the type's home.
+        publishes: types that the handler publishes through its Context.
+        retry: what to do when it fails.
+        timeout_s: longest run of one call, in seconds.
+        concurrency: calls under way at once in one process.
+        batch: sizes for a `list[T]` handler.
+        after_dead_letter: `hold` keeps the later messages of a dead letter's key waiting; `continue` does not.
+        parked_limit: most parked messages of the subscription; when reached it pauses.
+        start: where a new reader of a Stream begins: `earliest` or `latest`.
+    """
+
+    subscription: str | None = None
+    from_: Channel | None = None
+    publishes: tuple[type, ...] = ()
+    retry: Retry = Retry()
+    timeout_s: float | None = 300.0
+    concurrency: int = 64
+    batch: Batch = Batch()
+    after_dead_letter: typing.Literal["hold", "continue"] = "hold"
+    parked_limit: int = 100_000
+    start: typing.Literal["earliest", "latest"] = "earliest"
+
+
+class Handler:
+    """A declared handler.
+
+    Attributes:
+        function: the user's function, unchanged.
+        name: `module.function`, for messages to people.
+        types: what is declared for the types it takes.
+        takes: payload types; empty when it takes every Message of `channel`.
+        gives: payload types it may publish, from its annotation and `publishes=`.
+        returns: of these, the ones of the return annotation.
+        optional: whether it may return nothing.
+        batch: whether it takes a list.
+        is_async: whether it runs on the loop; else in a thread.
+        resources: parameter name → type to be provided.
+        context: name of the Context parameter, or None.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+        self.function = function
+        self.options = options
+        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.is_async = inspect.iscoroutinefunction(function)
+        hints = _hints(function, self.name)
+        parameters = list(inspect.signature(function).parameters.values())
+        if not parameters:
+            raise DefinitionError("E107", f"{self.name} takes no message", "its first parameter is the message")
+        first = parameters[0].name
+        if first not in hints:
+            raise DefinitionError(
+                "E107", f"{self.name}: parameter {first!r} has no type", "annotate it with the message type it handles"
+            )
+        self.batch, self.takes = _taken(hints[first], self.name)
+        self.raw = not self.takes
+        self.context: str | None = None
+        self.resources: dict[str, Any] = {}
+        for parameter in parameters[1:]:
+            self._parameter(parameter, hints)
+        self.returns, self.optional = _given(hints.get("return", None), self.name, "return" in hints)
+        self.gives = tuple(dict.fromkeys((*self.returns, *options.publishes)))
+        self.types = tuple(_declared(cls, f"{self.name} takes", E="E101") for cls in self.takes)
+        self.channel = self._channel()
+        for cls in self.gives:
+            _declared(cls, f"{self.name} publishes", E="E102")
+
+    def _parameter(self, parameter: inspect.Parameter, hints: dict[str, Any]) -> None:
+        hint = hints.get(parameter.name)
+        if hint is None:
+            if parameter.default is not inspect.Parameter.empty:
+                return
+            raise DefinitionError(
+                "E107", f"{self.name}: parameter {parameter.name!r} has no type", "annotate it with Context or a resource"
+            )
+        if hint is Context:
+            self.context = parameter.name
+        elif parameter.default is inspect.Parameter.empty:
+            self.resources[parameter.name] = hint
+
+    def _channel(self) -> Channel:
+        if self.options.from_ is not None:
+            return self.options.from_
+        homes = {declared.channel.name: declared.channel for declared in self.types}
+        if not homes:
+            raise DefinitionError(
+                "E107", f"{self.name} takes every Message but names no channel", "say which: handle(from_=channel)"
+            )
+        if len(homes) > 1:
+            raise DefinitionError(
+                "E114",
+                f"{self.name} takes types of several channels: {', '.join(sorted(homes))}",
+                "write one handler per channel",
+            )
+        return self.types[0].channel
+
+
+class Context:
+    """What a handler may do beyond returning messages. All of it joins the unit of work.
+
+    Attributes:
+        message: the envelope being handled; None outside a handler.
+        attempt: failures so far; 0 at the first try.
+        log: a logger that carries the handler's name.
+        app_name: name of the service.
+    """
+
+    __slots__ = ("_allowed", "_clock", "_loop", "_source", "_store", "_unit", "attempt", "log", "message")
+
+    def __init__(  # noqa: PLR0913 - wired by delivery and app only
+        self,
+        *,
+        unit: Unit,
+        store: Store,
+        clock: Clock,
+        source: str,
+        message: Message | None,
+        attempt: int,
+        allowed: frozenset[type] | None,
+        log: logging.Logger,
+    ) -> None:
+        self._unit = unit
+        self._store = store
+        self._clock = clock
+        self._source = source
+        self._allowed = allowed
+        self._loop = asyncio.get_running_loop()
+        self.message = message
+        self.attempt = attempt
+        self.log = log
+
+    def publish(self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any) -> str:
+        """Stage a message; it leaves when the unit of work commits.
+
+        Args:
+            payload: an object of a declared type.
+            to: channel, where it is not the type's home.
+            key: partition key, where it is not the type's key field.
+            attributes: further CloudEvents attributes: `subject`, `priority`, `expirytime`, `tenantid`, …
+        Returns: the message's id.
+        Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E304 for an undeclared publication.
+        """
+        staged = self._stage(payload, to, key, None, attributes)
+        return staged.message.id
+
+    def send(self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any) -> str:
+        """Stage a command; like `publish`, for Queues.
+
+        Raises: UnroutableError E305 if the type's home is no Queue; else see `publish`.
+        """
+        declared = message_type(type(payload))
+        if declared is not None and not isinstance(to or declared.channel, Queue):
+            raise UnroutableError(
+                "E305", f"{declared.name} lives on {declared.channel!r}", "events are published: ctx.publish(...)"
+            )
+        return self.publish(payload, to=to, key=key, **attributes)
+
+    def schedule(
+        self, payload: Any, at: datetime | timedelta, *, to: Channel | None = None, key: str | None = None, **attributes: Any
+    ) -> str:
+        """Stage a message that leaves at a time, or so long from now.
+
+        Raises: PublishError E306 for a time without zone; else see `publish`.
+        """
+        due = due_time(at, self._clock.now())
+        return self._stage(payload, to, key, due, attributes).message.id
+
+    async def transaction(self) -> Transaction:
+        """Open this unit's transaction; your statements commit with its messages, or not at all.
+
+        Await other services before this, not after: while it is open, nothing else is committed.
+        """
+        unit = self._unit
+        if unit.transaction is None:
+            return await self._store.transaction(unit)
+        return unit.transaction
+
+    def connection(self) -> Connection:
+        """Open the transaction from a `def` handler; return it as a DB-API 2.0 connection.
+
+        Raises: RuntimeError on the event loop, where `await ctx.transaction()` is the way.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            opened = asyncio.run_coroutine_threadsafe(self.transaction(), self._loop)
+            return typing.cast("Connection", opened.result().connection())
+        raise RuntimeError("in an async handler use: (await ctx.transaction()).connection()")
+
+    def _stage(
+        self, payload: Any, to: Channel | None, key: str | None, due: float | None, attributes: dict[str, Any]
+    ) -> Staged:
+        if self._allowed is not None and type(payload) not in self._allowed:
+            raise PublishError(
+                "E304",
+                f"{self._unit.owner} publishes {type(payload).__name__}, which its declaration does not say",
+                f"add it to the return annotation or to handle(publishes=({type(payload).__name__},))",
+            )
+        envelope = make_message(payload, self._clock, self._source, to, key, self.message, attributes)
+        staged = Staged(to or envelope[0], envelope[1], due)
+        self._unit.staged.append(staged)
+        return staged
+
+
+def make_message(
+    payload: Any,
+    clock: Clock,
+    source: str,
+    to: Channel | None,
+    key: str | None,
+    cause: Message | None,
+    attributes: dict[str, Any],
+) -> tuple[Channel, Message]:
+    """Return (home channel, envelope) for a payload.
+
+    A ready-made Message passes through unchanged, if `to` says where.
+    Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E307 for a wrong attribute.
+    """
+    if isinstance(payload, Message):
+        if to is None:
+            raise UnroutableError("E303", "a Message has no home channel", "say to=channel")
+        return to, payload
+    declared = message_type(type(payload))
+    if declared is None:
+        raise UnroutableError(
+            "E303",
+            f"{type(payload).__name__} is not declared on any channel",
+            "declare it with @channel.event or @queue.command",
+        )
+    key_of = declared.key_of
+    if key is None and key_of is not None:
+        key = str(key_of(payload))
+    data = encode_payload(declared.encode, payload, declared.name)
+    message_id = attributes.pop("id", None) or clock.new_id()
+    correlation = cause_id = tenant = None
+    if cause is not None:
+        correlation, cause_id, tenant = cause.correlationid or cause.id, cause.id, cause.tenantid
+    if not attributes and tenant is None:
+        return declared.channel, Message(
+            message_id, declared.name, source, data, clock.now(), key, correlation, cause_id, declared.version
+        )
+    return declared.channel, _with_attributes(
+        Message(message_id, declared.name, source, data, clock.now(), key, correlation, cause_id, declared.version),
+        {"tenantid": tenant, **attributes},
+    )
+
+
+_SETTABLE = frozenset(
+    {"subject", "priority", "expirytime", "tenantid", "traceparent", "correlationid", "causationid", "dataschema", "extensions"}
+)
+
+
+def _with_attributes(message: Message, attributes: dict[str, Any]) -> Message:
+    unknown = set(attributes) - _SETTABLE
+    if unknown:
+        raise PublishError(
+            "E307",
+            f"no attribute {', '.join(sorted(unknown))}",
+            f"settable are: id, {', '.join(sorted(_SETTABLE))}; others go into extensions={{...}}",
+        )
+    expiry = attributes.get("expirytime")
+    if isinstance(expiry, datetime | timedelta):
+        attributes["expirytime"] = due_time(expiry, message.time)
+    return msgspec.structs.replace(message, **attributes)
+
+
+def due_time(at: datetime | timedelta, now: float) -> float:
+    """Return a time or a wait as seconds since the epoch.
+
+    Raises: PublishError E306 for a time without zone.
+    """
+    if isinstance(at, timedelta):
+        return now + at.total_seconds()
+    if at.tzinfo is None:
+        raise PublishError("E306", f"{at!r} has no time zone", "use datetime(..., tzinfo=UTC)")
+    return at.timestamp()
+
+
+def results(value: Any) -> Sequence[Any]:
+    """Return what a handler returned as a sequence of payloads."""
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return [item for item in value if item is not None]
+    return (value,)
+
+
+def _hints(function: Callable[..., Any], name: str) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except NameError as error:
+        raise DefinitionError("E107", f"{name}: {error}", "import the type where the handler is defined") from error
+
+
+def _taken(hint: Any, name: str) -> tuple[bool, tuple[type, ...]]:
+    """Return (is a batch, payload types) of a first parameter's annotation."""
+    batch = typing.get_origin(hint) is list
+    if batch:
+        (hint,) = typing.get_args(hint)
+    members = _members(hint)
+    if members == (Message,):
+        return batch, ()
+    for member in members:
+        if not isinstance(member, type):
+            raise DefinitionError("E101", f"{name} takes {member!r}", "a declared message type is needed")
+    return batch, members
+
+
+def _given(hint: Any, name: str, annotated: bool) -> tuple[tuple[type, ...], bool]:  # noqa: FBT001 - internal
+    """Return (payload types, may return nothing) of a return annotation."""
+    if not annotated:
+        raise DefinitionError(
+            "E107", f"{name} does not say what it returns", "annotate it: the message types it publishes, or None"
+        )
+    found: list[type] = []
+    optional = False
+    for member in _members(hint):
+        if member is type(None) or member is None:
+            optional = True
+        elif typing.get_origin(member) in (list, tuple, Sequence):
+            optional = optional or typing.get_origin(member) is not tuple
+            for inner in typing.get_args(member):
+                types_inside, _ = ((), True) if inner is Ellipsis else _given(inner, name, annotated)
+                found += types_inside
+        elif isinstance(member, type):
+            found.append(member)
+        else:
+            raise DefinitionError("E102", f"{name} returns {member!r}", "a declared message type is needed")
+    return tuple(dict.fromkeys(found)), optional
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _declared(cls: type, who: str, *, E: str) -> MessageType:  # noqa: N803 - the error's code
+    declared = message_type(cls)
+    if declared is None:
+        raise DefinitionError(
+            E, f"{who} {cls.__name__}, which is not declared on any channel", "declare it with @channel.event or @queue.command"
+        )
+    return declared
+
+
+__all__ = ["Batch", "Context", "Delivery", "Handler", "Options", "due_time", "make_message", "results"]

@@ -1,0 +1,157 @@
+"""Lanes: deliveries of one key one after the other, other keys beside them.
+
+Invariant: two deliveries of one key never run at once, and start in the order they were added; at most
+`concurrency` run at once. A coroutine that never suspends costs no task: it is driven in place by whichever
+worker task has the floor; when it does suspend, that worker stays with it and another takes the floor.
+Read next: delivery.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from typing import Any, Generic, TypeVar
+
+from trunkline.transport import Delivery
+
+R = TypeVar("R")
+
+
+class Resume(Generic[R]):
+    """Await a coroutine that was already driven to its first suspension.
+
+    Args:
+        coroutine: the started coroutine.
+        waited_for: what it suspended on.
+    """
+
+    __slots__ = ("_coroutine", "_waited_for")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, R], waited_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waited_for = waited_for
+
+    def __await__(self) -> Generator[Any, Any, R]:
+        coroutine, waited_for = self._coroutine, self._waited_for
+        while True:
+            try:
+                sent = yield waited_for
+            except GeneratorExit:
+                coroutine.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 - handed into the coroutine, as await does
+                step: Callable[[], Any] = lambda error=error: coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
+            else:
+                step = lambda sent=sent: coroutine.send(sent)  # type: ignore[misc]  # noqa: E731
+            try:
+                waited_for = step()
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+
+
+class Lanes:
+    """Runs `deliver(delivery)` for what is added.
+
+    Args:
+        deliver: coroutine function; it must not raise, but for cancellation.
+        concurrency: most deliveries suspended at once.
+    """
+
+    def __init__(self, deliver: Callable[[Delivery], Coroutine[Any, Any, None]], concurrency: int) -> None:
+        self._deliver = deliver
+        self._concurrency = concurrency
+        self._ready: deque[Delivery] = deque()
+        self._busy: dict[str, deque[Delivery]] = {}
+        self._workers: list[asyncio.Task[None]] = []
+        self._resting: list[asyncio.Future[None]] = []
+        self._awake = 0
+        self._suspended = 0
+        self._idle: asyncio.Future[None] | None = None
+        self.failure: Callable[[BaseException], None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Return how many are not yet started."""
+        return len(self._ready) + sum(len(lane) for lane in self._busy.values())
+
+    def add(self, deliveries: Iterable[Delivery]) -> None:
+        """Run `deliveries`, after those added before."""
+        self._ready.extend(deliveries)
+        self._wake_one()
+
+    def add_first(self, deliveries: Iterable[Delivery]) -> None:
+        """Run `deliveries`, in their order, before those that wait."""
+        self._ready.extendleft(reversed(list(deliveries)))
+        self._wake_one()
+
+    async def idle(self) -> None:
+        """Wait until nothing runs or waits."""
+        while self._ready or self._suspended or self._awake:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
+
+    async def stop(self) -> None:
+        """Cancel what runs and forget what waits."""
+        self._ready.clear()
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._workers.clear()
+        self._busy.clear()
+        self._suspended = 0
+
+    def _wake_one(self) -> None:
+        """See that somebody has the floor while something is ready."""
+        if self._awake or not self._ready:
+            return
+        if self._resting:
+            self._awake += 1
+            self._resting.pop().set_result(None)
+        elif len(self._workers) < self._concurrency:
+            self._awake += 1
+            worker = asyncio.get_running_loop().create_task(self._work())
+            self._workers.append(worker)
+            worker.add_done_callback(self._ended)
+
+    def _ended(self, worker: asyncio.Task[None]) -> None:
+        if not worker.cancelled() and (error := worker.exception()) is not None and self.failure is not None:
+            self.failure(error)
+
+    async def _work(self) -> None:
+        ready, busy = self._ready, self._busy
+        while True:
+            while ready:
+                delivery = ready.popleft()
+                key = delivery.key
+                if busy and key in busy:
+                    busy[key].append(delivery)  # type: ignore[index]
+                    continue
+                coroutine = self._deliver(delivery)
+                try:
+                    waited_for = coroutine.send(None)
+                except StopIteration:
+                    continue
+                await self._stay_with(coroutine, waited_for, key)
+            self._awake -= 1
+            if self._idle is not None and not (self._awake or self._suspended or self._idle.done()):
+                self._idle.set_result(None)
+            rest = asyncio.get_running_loop().create_future()
+            self._resting.append(rest)
+            await rest
+
+    async def _stay_with(self, coroutine: Coroutine[Any, Any, None], waited_for: Any, key: str | None) -> None:
+        """Finish a delivery that suspended, while others have the floor."""
+        if key is not None:
+            self._busy[key] = deque()
+        self._suspended += 1
+        self._awake -= 1
+        self._wake_one()
+        try:
+            await Resume(coroutine, waited_for)
+        finally:
+            self._suspended -= 1
+            self._awake += 1
+            if key is not None:
+                # Successors go first: they are older than anything of their key that is still to come.
+                self._ready.extendleft(reversed(self._busy.pop(key, ())))

@@ -1,0 +1,288 @@
+"""Services and systems: what a user declares. Nothing here runs.
+
+Invariant: a wrong declaration is refused where it is written, or in `System.check` before anything starts.
+Never does: I/O (app.py). Read next: app.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from trunkline.channel import Channel, MessageType, Queue, check_name, message_type
+from trunkline.errors import DefinitionError
+from trunkline.handler import Batch, Handler, Options
+from trunkline.policies.retry import Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from trunkline.app import Running
+
+F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+Background = Callable[["Running"], "Coroutine[Any, Any, None]"]
+
+
+class Service:
+    """Handlers of one bounded context.
+
+    Args:
+        name: also the default name of its subscriptions and its CloudEvents `source`; rules as for channels.
+    Raises: DefinitionError E113.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_name("service", name)
+        self.name = name
+        self.handlers: list[Handler] = []
+        self.factories: dict[Any, Callable[[], Any]] = {}
+        self.statements: list[str] = []
+        self.backgrounds: list[Background] = []
+
+    @overload
+    def handle(self, function: F, /) -> F: ...
+    @overload
+    def handle(
+        self,
+        *,
+        subscription: str | None = None,
+        from_: Channel | None = None,
+        publishes: Sequence[type] = (),
+        retry: Retry = ...,
+        timeout_s: float | None = ...,
+        concurrency: int = ...,
+        batch: Batch = ...,
+        after_dead_letter: Literal["hold", "continue"] = ...,
+        parked_limit: int = ...,
+        start: Literal["earliest", "latest"] = ...,
+    ) -> Callable[[F], F]: ...
+    def handle(self, function: Any = None, /, **options: Any) -> Any:
+        """Declare a handler: its first parameter's type is its subscription, its return type its publications.
+
+        Args:
+            options: see Options.
+        Returns: the function, unchanged, so that a unit test can call it.
+        Raises: DefinitionError E101, E102, E103, E107, E113, E114 or E120.
+        """
+
+        def register(function: F) -> F:
+            self._register(Handler(function, _options(options)))
+            return function
+
+        return register if function is None else register(function)
+
+    def _register(self, handler: Handler) -> None:
+        if handler.options.subscription is not None:
+            check_name("subscription", handler.options.subscription)
+        for other in self.handlers:
+            if self.reader_of(other) != self.reader_of(handler):
+                continue
+            shared = set(other.takes) & set(handler.takes)
+            if other.batch or handler.batch:
+                raise DefinitionError(
+                    "E114",
+                    f"{other.name} and {handler.name} share a subscription, and one takes a list",
+                    'give the list its own: handle(subscription="..."); order per key could not hold across both',
+                )
+            if shared or other.raw or handler.raw:
+                names = ", ".join(sorted(cls.__name__ for cls in shared)) or "every message"
+                raise DefinitionError(
+                    "E103",
+                    f"{other.name} and {handler.name} both handle {names} of subscription {self.reader_of(handler)[0]!r}",
+                    'give the second one its own: handle(subscription="...")',
+                )
+        self.handlers.append(handler)
+
+    def reader_of(self, handler: Handler) -> tuple[str, str]:
+        """Return (subscription name, channel name) of a handler."""
+        return handler.options.subscription or self.name, handler.channel.name
+
+    def provide(self, cls: type[T], factory: Callable[[], Any]) -> None:
+        """Say how a resource is made: opened at start, closed at stop, given to handlers by its type.
+
+        Args:
+            cls: the type that parameters are annotated with.
+            factory: a function, or a generator or context manager whose exit closes it; sync or async.
+        """
+        self.factories[cls] = factory
+
+    def override(self, cls: type[T], factory: Callable[[], Any]) -> None:
+        """Replace a resource, in a test or another deployment.
+
+        Raises: DefinitionError E108 if nothing of that type is provided.
+        """
+        if cls not in self.factories:
+            raise DefinitionError(
+                "E108", f"{self.name} provides no {cls.__name__} to override", f"it provides: {_names(self.factories)}"
+            )
+        self.factories[cls] = factory
+
+    def schema(self, *statements: str) -> None:
+        """Declare the service's own tables; run at each start, so write CREATE TABLE IF NOT EXISTS."""
+        self.statements += statements
+
+    def background(self, function: F) -> F:
+        """Run `function(running)` beside the handlers while the service is up, such as a web server.
+
+        When it fails the service stops with its error; when the service stops it is cancelled.
+        """
+        self.backgrounds.append(function)
+        return function
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises: DefinitionError E108 for a parameter that nothing provides, E111 for a gap in upcasters.
+        """
+        for handler in self.handlers:
+            for parameter, cls in handler.resources.items():
+                if cls not in self.factories:
+                    raise DefinitionError(
+                        "E108",
+                        f"{handler.name}: nothing provides parameter {parameter!r} of type {_name(cls)}",
+                        f"add {self.name}.provide({_name(cls)}, factory); provided are: {_names(self.factories)}",
+                    )
+            for cls in handler.takes:
+                _check_upcasters(message_type(cls))
+
+    def __repr__(self) -> str:
+        return f"Service({self.name!r})"
+
+
+class System:
+    """Services that are deployed or simulated together.
+
+    Args:
+        name: of the system.
+        services: each with a name of its own.
+    Raises: DefinitionError E112 for two services of one name, or none at all.
+    """
+
+    def __init__(self, name: str, services: Iterable[Service]) -> None:
+        check_name("system", name)
+        self.name = name
+        self.services = list(services)
+        if not self.services:
+            raise DefinitionError("E112", f"system {name!r} has no services", "give it at least one")
+        names = [service.name for service in self.services]
+        for service in names:
+            if names.count(service) > 1:
+                raise DefinitionError("E112", f"two services are named {service!r}", "rename one of them")
+
+    def only(self, names: Iterable[str]) -> System:
+        """Return a system of some of the services.
+
+        Raises: DefinitionError E112 for an unknown name.
+        """
+        wanted = list(names)
+        known = {service.name: service for service in self.services}
+        for name in wanted:
+            if name not in known:
+                raise DefinitionError("E112", f"no service {name!r}", f"there are: {', '.join(known)}")
+        return System(self.name, [known[name] for name in wanted])
+
+    def check(self) -> None:
+        """Refuse what cannot run, before anything starts.
+
+        Raises: DefinitionError E104 (two owners of a command), E105 (a cycle without end), E108, E111.
+        """
+        for service in self.services:
+            service.check()
+        self._check_owners()
+        self._check_cycles()
+
+    def _check_owners(self) -> None:
+        owners: dict[str, tuple[Service, Handler]] = {}
+        for service in self.services:
+            for handler in service.handlers:
+                if not isinstance(handler.channel, Queue):
+                    continue
+                for name in [cls.__name__ for cls in handler.takes] or ["every message"]:
+                    key = f"{handler.channel.name}/{name}"
+                    if key in owners and owners[key][0] is not service:
+                        raise DefinitionError(
+                            "E104",
+                            f"{name} on queue {handler.channel.name!r} has two owners:"
+                            f" {owners[key][1].name} and {handler.name}",
+                            "a command has one owner; publish an event if several services react",
+                        )
+                    owners[key] = (service, handler)
+
+    def _check_cycles(self) -> None:
+        """A type is endless if each handler that takes it must go on with an endless type."""
+        handlers = [handler for service in self.services for handler in service.handlers if handler.takes]
+        # Greatest fixed point: start from all, drop what can come to an end.
+        endless = [
+            (cls, handler)
+            for handler in handlers
+            if handler.returns and not handler.optional
+            for cls in handler.takes
+        ]
+        while True:
+            going = {cls for cls, _ in endless}
+            kept = [(cls, handler) for cls, handler in endless if going.issuperset(handler.returns)]
+            if len(kept) == len(endless):
+                break
+            endless = kept
+        if endless:
+            names = list(dict.fromkeys(cls.__name__ for cls, _ in endless))
+            raise DefinitionError(
+                "E105",
+                f"a cycle without end: {' → '.join([*names, names[0]])}"
+                f" ({', '.join(sorted({handler.name for _, handler in endless}))})",
+                "let one of these handlers return None or another type at some point",
+            )
+
+    def __repr__(self) -> str:
+        return f"System({self.name!r}, {[service.name for service in self.services]})"
+
+
+def _options(given: dict[str, Any]) -> Options:
+    if "publishes" in given:
+        given = {**given, "publishes": tuple(given["publishes"])}
+    try:
+        options = Options(**given)
+    except TypeError as error:
+        raise DefinitionError(
+            "E120", f"handle(): {error}", f"options are: {', '.join(Options.__struct_fields__)}"
+        ) from error
+    positive = {
+        "concurrency": options.concurrency,
+        "batch.size": options.batch.size,
+        "parked_limit": options.parked_limit,
+        "timeout_s": 1 if options.timeout_s is None else options.timeout_s,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise DefinitionError("E120", f"handle({name}={value!r})", "it must be more than 0")
+    if options.batch.wait_s < 0:
+        raise DefinitionError("E120", f"batch.wait_s is {options.batch.wait_s}", "it must be 0 or more")
+    for name, value, allowed in (
+        ("after_dead_letter", options.after_dead_letter, ("hold", "continue")),
+        ("start", options.start, ("earliest", "latest")),
+    ):
+        if value not in allowed:
+            raise DefinitionError("E120", f"handle({name}={value!r})", f"one of {', '.join(allowed)}")
+    return options
+
+
+def _check_upcasters(declared: MessageType | None) -> None:
+    if declared is None or not declared.upcasters:
+        return
+    oldest = min(declared.upcasters)
+    missing = [version for version in range(oldest, declared.version) if version not in declared.upcasters]
+    if missing:
+        raise DefinitionError(
+            "E111",
+            f"{declared.name} version {declared.version} has no upcaster from version {missing[0]}",
+            f"add @{declared.channel.variable}.upcast({declared.cls.__name__}, version={missing[0]})",
+        )
+
+
+def _name(cls: Any) -> str:
+    return getattr(cls, "__name__", repr(cls))
+
+
+def _names(classes: Iterable[Any]) -> str:
+    return ", ".join(sorted(_name(cls) for cls in classes)) or "nothing"

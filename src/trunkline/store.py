@@ -1,0 +1,169 @@
+"""The contract of a store: inbox, outbox, parked and dead letters, and the unit of work over them.
+
+Invariant: a Unit is committed as a whole or not at all. Read next: delivery.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from trunkline.message import Message
+from trunkline.outcome import ACK, Outcome
+from trunkline.transport import Delivery, Staged, Subscription, Transport
+
+Done = Callable[["Unit", BaseException | None], None]
+
+
+class DuplicateSignal(BaseException):
+    """The message was handled before: leave the handler, roll back, acknowledge.
+
+    Not an Exception, so that a handler's `except Exception` does not catch it.
+    """
+
+
+class Unit:
+    """What the handling of one delivery (or one batch) commits.
+
+    Attributes:
+        deliveries: what is settled with it; empty for a publication from outside a handler.
+        staged: messages that leave with it.
+        outcome: what becomes of the deliveries.
+        done: called once on the loop with the unit and None when committed, else the error; nothing was stored then.
+        owner: name of the handler, for warnings.
+        transaction: the handler's open transaction, if it asked for one.
+        duplicate: set by the store: the inbox already had it, so only the settlement was committed.
+    """
+
+    __slots__ = ("deliveries", "done", "duplicate", "outcome", "owner", "staged", "transaction")
+
+    def __init__(self, deliveries: Sequence[Delivery], done: Done, owner: str = "") -> None:
+        self.deliveries = deliveries
+        self.staged: list[Staged] = []
+        self.outcome: Outcome = ACK
+        self.done = done
+        self.owner = owner
+        self.transaction: Transaction | None = None
+        self.duplicate = False
+
+
+class Transaction(Protocol):
+    """The user's hands on the unit of work: statements join its commit."""
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement; return the number of rows it changed."""
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one query; return its rows."""
+
+    def connection(self) -> Any:
+        """Return a DB-API 2.0 connection on this transaction, for SQLAlchemy and existing code."""
+
+
+class OutboxRow(msgspec.Struct, frozen=True):
+    """A staged message that waits for its relay."""
+
+    number: int
+    channel: str
+    message: Message
+
+
+class DeadLetterRow(msgspec.Struct, frozen=True):
+    """A message set aside.
+
+    Attributes:
+        number: its number in the store.
+        subscription: label of the reader that could not handle it.
+        key: its partition key, if any.
+        code: code of the reason. reason: one line. detail: traceback.
+        attempt: failures so far.
+        at: when it was set aside, seconds since the epoch.
+        holds: whether the later messages of its key wait behind it.
+        waiting: how many do.
+        raw: the envelope as stored; unreadable when it was undecodable.
+    """
+
+    number: int
+    subscription: str
+    channel: str
+    message_id: str
+    message_type: str
+    key: str | None
+    code: str
+    reason: str
+    detail: str
+    attempt: int
+    at: float
+    holds: bool
+    waiting: int
+    raw: bytes
+
+
+class Store(Protocol):
+    """Transactional state of a service. Implementations are found by entry point `trunkline.stores`."""
+
+    async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
+        """Open; return whether `transport` is the same database, so that settlement joins the commit."""
+
+    async def stop(self) -> None:
+        """Close."""
+
+    async def run_schema(self, statements: Sequence[str]) -> None:
+        """Run the service's own table definitions."""
+
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
+        """Return the identities among `deliveries` that were handled before."""
+
+    def submit(self, unit: Unit) -> None:
+        """Commit `unit` with the next group; `unit.done` tells when."""
+
+    async def transaction(self, unit: Unit) -> Transaction:
+        """Open the transaction of `unit`; its inbox rows are the first write.
+
+        Raises: DuplicateSignal if the inbox has one of them.
+        """
+
+    async def rollback(self, unit: Unit) -> None:
+        """Undo what the transaction of `unit` wrote and close it."""
+
+    async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Durably count one more try for each suspect; return the counts."""
+
+    async def load_parked(
+        self, subscription: Subscription, owns: Callable[[int], bool], into: Callable[[dict[str, int]], None]
+    ) -> None:
+        """Call `into` with key → number of parked or held messages, for the partitions that `owns` accepts.
+
+        At the moment of the call it holds for everything that was submitted before, so nothing is missed.
+        """
+
+    async def parked_due(
+        self, subscription: Subscription, owns: Callable[[int], bool], now: float, limit: int, running: set[str]
+    ) -> tuple[list[Delivery], float | None]:
+        """Return parked deliveries that may run now, heads of keys only, and when the next is due."""
+
+    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
+        """Take what is to be sent now, in order; also return when the next is due.
+
+        One process at a time has rows taken, so that order per key holds.
+        """
+
+    async def outbox_sent(self, rows: Sequence[int]) -> None:
+        """Forget outbox rows that the broker has confirmed."""
+
+    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+        """Return dead letters, oldest first."""
+
+    async def redrive(self, number: int, raw: bytes | None = None) -> None:
+        """Give a dead letter back to its subscription, with `raw` in place of its envelope if given.
+
+        Raises: DeadLetterError if there is none of that number.
+        """
+
+    async def discard_dead_letter(self, number: int) -> None:
+        """Remove a dead letter; the messages of its key go on."""
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call back on the loop when another process may have changed the store."""

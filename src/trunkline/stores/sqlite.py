@@ -1,0 +1,481 @@
+"""The store in one SQLite file: inbox, outbox, parked and dead letters, the user's own tables.
+
+Invariant: inbox rows are the first write of a unit; a conflict undoes the unit and leaves only its settlement.
+Never does: channels (transports/sqlite.py). Read next: parking.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import apsw
+
+from trunkline.clock import Clock
+from trunkline.codec import encode_json
+from trunkline.dbapi import Connection
+from trunkline.engine import Engine, close_engine, open_engine
+from trunkline.errors import ConfigurationError, DeadLetterError
+from trunkline.message import pack, unpack
+from trunkline.outcome import ACK, DeadLetter, RetryLater
+from trunkline.store import DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.transport import LIVE, Address, Delivery, Subscription, Transport
+
+INBOX_WINDOW_S = 7 * 24 * 3600.0
+"""How long a handled message is remembered."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS trunkline_reader (id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS trunkline_inbox (
+    reader INTEGER NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, at INTEGER NOT NULL,
+    PRIMARY KEY (reader, tenant, id)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS trunkline_outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, due REAL NOT NULL, channel TEXT NOT NULL, owner INTEGER,
+    event BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS trunkline_outbox_due ON trunkline_outbox (due, seq);
+CREATE INDEX IF NOT EXISTS trunkline_outbox_owner ON trunkline_outbox (owner) WHERE owner IS NOT NULL;
+CREATE TABLE IF NOT EXISTS trunkline_parked (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, reader INTEGER NOT NULL, key TEXT, partition INTEGER NOT NULL,
+    position INTEGER NOT NULL, due REAL NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL,
+    owner INTEGER, event BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS trunkline_parked_key ON trunkline_parked (reader, key, position, seq);
+CREATE INDEX IF NOT EXISTS trunkline_parked_due ON trunkline_parked (reader, due) WHERE key IS NULL;
+CREATE TABLE IF NOT EXISTS trunkline_dead_letter (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, reader INTEGER NOT NULL, channel TEXT NOT NULL, key TEXT,
+    partition INTEGER NOT NULL, position INTEGER NOT NULL, id TEXT NOT NULL, type TEXT NOT NULL,
+    code TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL, attempt INTEGER NOT NULL, at REAL NOT NULL,
+    holds INTEGER NOT NULL, event BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS trunkline_dead_letter_key ON trunkline_dead_letter (reader, key) WHERE holds;
+CREATE TABLE IF NOT EXISTS trunkline_attempt (
+    reader INTEGER NOT NULL, id TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (reader, id)
+) WITHOUT ROWID;
+"""
+
+
+class SqliteStore:
+    """Store of one service or system in the file that `address` names."""
+
+    schema = _SCHEMA
+
+    def __init__(self, address: Address, clock: Clock) -> None:
+        if not address.path:
+            raise ConfigurationError("E206", "sqlite: without a file", "such as sqlite:///shop.db")
+        self._path = address.path.removeprefix("/")
+        self._vfs = address.options.get("vfs")
+        self._clock = clock
+        self._readers: dict[str, int] = {}
+        self._known: dict[int, set[str]] = {}
+        self._callbacks: list[Callable[[], None]] = []
+        self._same = False
+        self.engine: Engine
+
+    async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
+        """Open the file; see Store."""
+        self.engine = await open_engine(self._path, self._clock, self._vfs)
+        self._same = getattr(transport, "engine", None) is self.engine
+        await self.engine.add_stage(self)
+        # First of the stages: inbox rows come before anything else is written.
+        self.engine.stages.remove(self)
+        self.engine.stages.insert(0, self)
+        labels = [(subscription.label,) for subscription in subscriptions]
+        await self.engine.run(
+            lambda c: c.executemany("INSERT INTO trunkline_reader (label) VALUES (?) ON CONFLICT DO NOTHING", labels)
+        )
+        self.foreign_change()
+        return self._same
+
+    async def stop(self) -> None:
+        """Close; see Store."""
+        self.engine.stages.remove(self)
+        await close_engine(self.engine)
+
+    async def run_schema(self, statements: Sequence[str]) -> None:
+        """Run table definitions in one transaction; see Store."""
+
+        def run(connection: apsw.Connection) -> None:
+            for statement in statements:
+                connection.execute(statement)
+
+        await self.engine.run(run)
+
+    def _reader(self, subscription: Subscription) -> int:
+        return self._readers[subscription.label]
+
+    # --- the unit of work ---
+
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
+        """Return which were handled before; see Store."""
+        reader = self._reader(subscription)
+        by_tenant: dict[str, list[str]] = {}
+        for delivery in deliveries:
+            message = delivery.message
+            if message is not None:
+                by_tenant.setdefault(message.tenantid or "", []).append(message.identity)
+        found: set[str] = set()
+        for tenant, identities in by_tenant.items():
+            for (identity,) in self.engine.reader.execute(
+                "SELECT i.id FROM json_each(?) j JOIN trunkline_inbox i ON i.id = j.value WHERE i.reader = ? AND i.tenant = ?",
+                (encode_json(identities).decode(), reader, tenant),
+            ):
+                found.add(identity)
+        return found
+
+    def submit(self, unit: Unit) -> None:
+        """Commit with the next group; see Store."""
+        if unit.transaction is None:
+            self.engine.submit(unit)
+            return
+        try:
+            self.engine.release(unit)
+        except Exception as error:  # noqa: BLE001 - told to the one who waits for the unit
+            unit.transaction = None
+            unit.done(unit, error)
+
+    async def transaction(self, unit: Unit) -> Transaction:
+        """Open the handler's transaction; see Store."""
+        connection = await self.engine.acquire()
+        try:
+            self._remember(connection, (unit,))
+        except BaseException:
+            self.engine.release(None)
+            raise
+        transaction = SqliteTransaction(connection)
+        unit.transaction = transaction
+        return transaction
+
+    async def rollback(self, unit: Unit) -> None:
+        """Undo the handler's transaction; see Store."""
+        if unit.transaction is not None:
+            unit.transaction = None
+            self.engine.release(None)
+
+    # --- stage of the engine's group ---
+
+    def apply(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
+        """Write inbox rows, parked and dead letters and scheduled messages of `units`."""
+        fresh = [unit for unit in units if unit.transaction is None and not unit.duplicate]
+        if fresh:
+            self._remember(connection, fresh)
+        outbox: list[tuple[float, str, bytes]] = []
+        finished: list[tuple[int]] = []
+        for unit in units:
+            for staged in unit.staged:
+                if staged.due is not None or not self._same:
+                    outbox.append((staged.due or 0.0, staged.channel.name, pack(staged.message)))
+            if unit.outcome is not ACK:
+                self._set_aside(connection, unit)
+            for delivery in unit.deliveries:
+                if delivery.row != LIVE:
+                    finished.append((delivery.row,))
+                if delivery.suspect:
+                    self._forget_attempt(connection, delivery)
+        if outbox:
+            connection.executemany("INSERT INTO trunkline_outbox (due, channel, event) VALUES (?, ?, ?)", outbox)
+        if finished:
+            connection.executemany("DELETE FROM trunkline_parked WHERE seq = ?", finished)
+
+    def committed(self, units: Sequence[Unit]) -> None:
+        """Wake the relay when something scheduled was committed."""
+        for unit in units:
+            if unit.staged and (not self._same or any(staged.due is not None for staged in unit.staged)):
+                self._notify()
+                return
+
+    def aborted(self) -> None:
+        """Nothing to forget."""
+
+    def foreign_change(self) -> None:
+        """Another process committed: readers may have been added, dead letters redriven."""
+        self._readers = dict(
+            self.engine.reader.execute("SELECT label, id FROM trunkline_reader").fetchall()  # type: ignore[arg-type]
+        )
+        self._notify()
+
+    def release(self, connection: apsw.Connection, process: int) -> None:
+        """Give back the parked messages that a dead process had taken."""
+        for table in ("trunkline_parked", "trunkline_outbox"):
+            connection.execute(f"UPDATE {table} SET owner = NULL WHERE owner = ?", (process,))  # noqa: S608
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """See Store."""
+        self._callbacks.append(callback)
+
+    def _notify(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+    def _remember(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
+        now = int(self._clock.now())
+        readers = self._readers
+        rows = []
+        for unit in units:
+            if unit.outcome is ACK:
+                for delivery in unit.deliveries:
+                    message = delivery.message
+                    if message is not None:
+                        reader = readers[delivery.subscription.label]
+                        rows.append((reader, message.tenantid or "", message.identity, now))
+        if not rows:
+            return
+        before = connection.total_changes()
+        connection.executemany("INSERT OR IGNORE INTO trunkline_inbox VALUES (?, ?, ?, ?)", rows)
+        if connection.total_changes() - before != len(rows):
+            raise DuplicateSignal
+
+    def _set_aside(self, connection: apsw.Connection, unit: Unit) -> None:
+        outcome = unit.outcome
+        for delivery in unit.deliveries:
+            if isinstance(outcome, RetryLater):
+                self._park(connection, delivery, self._clock.now() + outcome.after_s, outcome.reason)
+            elif isinstance(outcome, DeadLetter):
+                self._bury(connection, delivery, outcome)
+
+    def _park(self, connection: apsw.Connection, delivery: Delivery, due: float, reason: str) -> None:
+        connection.execute(
+            "INSERT INTO trunkline_parked (reader, key, partition, position, due, attempt, reason, event)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                self._reader(delivery.subscription), _parking_key(delivery), delivery.partition, delivery.position,
+                due, delivery.attempt, reason, _event(delivery),
+            ),
+        )  # fmt: skip
+
+    def _bury(self, connection: apsw.Connection, delivery: Delivery, outcome: DeadLetter) -> None:
+        message = delivery.message
+        key = _parking_key(delivery)
+        connection.execute(
+            "INSERT INTO trunkline_dead_letter (reader, channel, key, partition, position, id, type, code, reason,"
+            " detail, attempt, at, holds, event) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                self._reader(delivery.subscription), delivery.subscription.channel.name, key, delivery.partition,
+                delivery.position, "" if message is None else message.id, "" if message is None else message.type,
+                outcome.code, outcome.reason, outcome.detail, delivery.attempt, self._clock.now(),
+                int(outcome.holds and key is not None), _event(delivery),
+            ),
+        )  # fmt: skip
+
+    def _forget_attempt(self, connection: apsw.Connection, delivery: Delivery) -> None:
+        connection.execute(
+            "DELETE FROM trunkline_attempt WHERE reader = ? AND id = ?",
+            (self._reader(delivery.subscription), _attempt_id(delivery)),
+        )
+
+    # --- suspects ---
+
+    async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Count one more try for each suspect; see Store."""
+        rows = [(self._reader(d.subscription), _attempt_id(d)) for d in deliveries]
+
+        def count(connection: apsw.Connection) -> list[int]:
+            return [
+                connection.execute(
+                    "INSERT INTO trunkline_attempt VALUES (?, ?, 1)"
+                    " ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count",
+                    row,
+                ).fetchall()[0][0]
+                for row in rows
+            ]
+
+        return await self.engine.run(count)
+
+    # --- parked messages ---
+
+    async def load_parked(
+        self, subscription: Subscription, owns: Callable[[int], bool], into: Callable[[dict[str, int]], None]
+    ) -> None:
+        """Tell which keys are parked or held; see Store."""
+        reader = self._reader(subscription)
+        queries = (
+            "SELECT key, partition, count(*) FROM trunkline_parked"
+            " WHERE reader = ? AND key IS NOT NULL GROUP BY key, partition",
+            "SELECT key, partition, count(*) FROM trunkline_dead_letter WHERE reader = ? AND holds GROUP BY key, partition",
+        )
+
+        def load(connection: apsw.Connection) -> None:
+            keys: dict[str, int] = {}
+            for query in queries:
+                for key, partition, count in connection.execute(query, (reader,)):
+                    if owns(partition):
+                        keys[key] = keys.get(key, 0) + count
+            into(keys)
+
+        await self.engine.run(load)
+
+    async def parked_due(
+        self, subscription: Subscription, owns: Callable[[int], bool], now: float, limit: int, running: set[str]
+    ) -> tuple[list[Delivery], float | None]:
+        """Return the heads that may run now; see Store."""
+        reader = self._reader(subscription)
+        found: list[Delivery] = []
+        next_due: float | None = None
+        heads = self.engine.reader.execute(
+            "SELECT p.seq, p.key, p.partition, p.position, p.due, p.attempt, p.event FROM trunkline_parked p"
+            " WHERE p.reader = ?1 AND p.key IS NOT NULL AND p.seq ="
+            " (SELECT q.seq FROM trunkline_parked q WHERE q.reader = ?1 AND q.key = p.key"
+            "  ORDER BY q.position, q.seq LIMIT 1)"
+            " AND NOT EXISTS (SELECT 1 FROM trunkline_dead_letter d WHERE d.reader = ?1 AND d.key = p.key"
+            "  AND d.holds) ORDER BY p.due",
+            (reader,),
+        ).fetchall()
+        for seq, key, partition, position, due, attempt, event in heads:
+            if key in running or not owns(partition):
+                continue
+            if due > now:
+                next_due = due
+                break
+            if len(found) < limit:
+                found.append(Delivery(subscription, None, event, key, position, partition, attempt, seq))
+        loose, loose_due = await self._claim_loose(subscription, reader, now, limit - len(found))
+        dues = [due for due in (next_due, loose_due) if due is not None]
+        return found + loose, min(dues) if dues else None
+
+    async def _claim_loose(
+        self, subscription: Subscription, reader: int, now: float, limit: int
+    ) -> tuple[list[Delivery], float | None]:
+        """Take parked messages without a key: any process may have them."""
+        first = self.engine.reader.execute(
+            "SELECT min(due) FROM trunkline_parked WHERE reader = ? AND key IS NULL AND owner IS NULL", (reader,)
+        ).fetchall()[0][0]
+        if first is None or first > now or limit <= 0:
+            return [], first
+        process = self.engine.process
+
+        def claim(connection: apsw.Connection) -> list[tuple[Any, ...]]:
+            return connection.execute(
+                "UPDATE trunkline_parked SET owner = ? WHERE seq IN (SELECT seq FROM trunkline_parked"
+                " WHERE reader = ? AND key IS NULL AND owner IS NULL AND due <= ? ORDER BY due LIMIT ?)"
+                " RETURNING seq, partition, position, attempt, event",
+                (process, reader, now, limit),
+            ).fetchall()
+
+        rows = await self.engine.run(claim)
+        return [
+            Delivery(subscription, None, event, None, position, partition, attempt, seq)
+            for seq, partition, position, attempt, event in sorted(rows)
+        ], now
+
+    # --- outbox ---
+
+    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
+        """Take what is to be sent now; see Store."""
+        first = self.engine.reader.execute("SELECT min(due) FROM trunkline_outbox").fetchall()[0][0]
+        if first is None or first > now:
+            return [], first
+        process = self.engine.process
+
+        def take(connection: apsw.Connection) -> list[tuple[Any, ...]]:
+            return connection.execute(
+                "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
+                " WHERE due <= ?2 ORDER BY due, seq LIMIT ?3) AND NOT EXISTS"
+                " (SELECT 1 FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
+                " RETURNING due, seq, channel, event",
+                (process, now, limit),
+            ).fetchall()
+
+        rows = sorted(await self.engine.run(take))
+        # Nothing taken although something is due: another process relays; look again soon.
+        later = now + 0.2 if not rows else now
+        return [OutboxRow(seq, channel, unpack(event)) for _, seq, channel, event in rows], later
+
+    async def outbox_sent(self, rows: Sequence[int]) -> None:
+        """Forget what was sent; see Store."""
+        await self.engine.run(
+            lambda c: c.executemany("DELETE FROM trunkline_outbox WHERE seq = ?", [(row,) for row in rows])
+        )
+
+    # --- dead letters ---
+
+    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+        """Return dead letters; see Store."""
+        rows = self.engine.reader.execute(
+            "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
+            " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
+            " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
+            " WHERE ?1 IS NULL OR r.label = ?1 ORDER BY d.seq LIMIT ?2",
+            (subscription, limit),
+        )
+        return [DeadLetterRow(*row[:11], bool(row[11]), *row[12:]) for row in rows]  # type: ignore[arg-type]
+
+    async def redrive(self, number: int, raw: bytes | None = None) -> None:
+        """Give a dead letter back; see Store."""
+
+        def move(connection: apsw.Connection) -> None:
+            row = _take_dead_letter(connection, number)
+            reader, key, partition, position, event = row
+            connection.execute(
+                "INSERT INTO trunkline_parked (reader, key, partition, position, due, attempt, reason, event)"
+                " VALUES (?, ?, ?, ?, 0, 0, 'redriven', ?)",
+                (reader, key, partition, position, event if raw is None else raw),
+            )
+
+        await self.engine.run(move)
+        self._notify()
+
+    async def discard_dead_letter(self, number: int) -> None:
+        """Remove a dead letter; see Store."""
+        await self.engine.run(lambda connection: _take_dead_letter(connection, number))
+        self._notify()
+
+    async def sweep_inbox(self, older_than: float, after: tuple[int, str, str], limit: int) -> tuple[int, str, str] | None:
+        """Forget handled messages older than `older_than` among the next `limit` rows; return where to go on."""
+        rows = self.engine.reader.execute(
+            "SELECT reader, tenant, id, at FROM trunkline_inbox WHERE (reader, tenant, id) > (?, ?, ?)"
+            " ORDER BY reader, tenant, id LIMIT ?",
+            (*after, limit),
+        ).fetchall()
+        old = [row[:3] for row in rows if row[3] < older_than]
+        if old:
+            await self.engine.run(
+                lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader=? AND tenant=? AND id=?", old)
+            )
+        return rows[-1][:3] if len(rows) == limit else None
+
+
+class SqliteTransaction:
+    """The handler's open transaction; ends with the handler."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement; return the number of rows it changed."""
+        before = self._connection.total_changes()
+        self._connection.execute(sql, parameters)
+        return self._connection.total_changes() - before
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one query; return its rows."""
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def connection(self) -> Connection:
+        """Return a DB-API 2.0 connection on this transaction."""
+        return Connection(self._connection)
+
+
+def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:
+    rows = connection.execute(
+        "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event", (number,)
+    ).fetchall()
+    if not rows:
+        raise DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
+    return rows[0]
+
+
+def _parking_key(delivery: Delivery) -> str | None:
+    """Only Streams promise order per key, so only there successors wait."""
+    return delivery.key if delivery.partition >= 0 else None
+
+
+def _event(delivery: Delivery) -> bytes:
+    if delivery.raw is not None:
+        return delivery.raw
+    assert delivery.message is not None  # noqa: S101 - one of the two is always there
+    return pack(delivery.message)
+
+
+def _attempt_id(delivery: Delivery) -> str:
+    return f"{delivery.partition}/{delivery.position}/{delivery.row}"

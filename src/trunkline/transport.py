@@ -1,0 +1,211 @@
+"""The contract of a transport: carry channels on a broker.
+
+Invariant: `send` returns only when the broker has confirmed every message of the batch.
+Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: store.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+
+from trunkline.channel import Channel
+from trunkline.clock import Clock
+from trunkline.errors import ConfigurationError
+from trunkline.message import Message
+
+LIVE = 0
+
+
+class Subscription:
+    """A named reader of a channel; processes of one service share it and compete.
+
+    Attributes:
+        name: of the reader, by default the service's name.
+        channel: what it reads.
+        start: where a new reader of a Stream begins: `earliest` or `latest`.
+        label: `name@channel`, unique in a store.
+    """
+
+    __slots__ = ("channel", "label", "name", "start")
+
+    def __init__(self, name: str, channel: Channel, start: str = "earliest") -> None:
+        self.name = name
+        self.channel = channel
+        self.start = start
+        self.label = f"{name}@{channel.name}"
+
+    def __repr__(self) -> str:
+        return f"<Subscription {self.label}>"
+
+
+class Delivery:
+    """One message handed to one subscription.
+
+    Attributes:
+        subscription: who receives it.
+        message: the envelope, or None while only `raw` is known.
+        raw: the envelope's bytes as stored; None when the message was handed over in memory.
+        key: partition key, or None.
+        position: where the transport keeps it (log position or queue row).
+        partition: of a Stream, else -1.
+        attempt: failures so far.
+        row: the parked row it comes from, or LIVE.
+        suspect: it may have been in a handler when a process died.
+    """
+
+    __slots__ = (
+        "attempt", "key", "message", "partition", "position", "raw", "row", "subscription", "suspect",
+    )  # fmt: skip
+
+    def __init__(  # noqa: PLR0913 - a record; positional for speed on the hot path
+        self,
+        subscription: Subscription,
+        message: Message | None,
+        raw: bytes | None,
+        key: str | None,
+        position: int,
+        partition: int = -1,
+        attempt: int = 0,
+        row: int = LIVE,
+        suspect: bool = False,  # noqa: FBT001, FBT002 - as above
+    ) -> None:
+        self.subscription = subscription
+        self.message = message
+        self.raw = raw
+        self.key = key
+        self.position = position
+        self.partition = partition
+        self.attempt = attempt
+        self.row = row
+        self.suspect = suspect
+
+
+class Staged(msgspec.Struct, frozen=True, gc=False):
+    """A message on its way to a channel.
+
+    Attributes:
+        due: seconds since the epoch before which it is not sent; None sends at once.
+    """
+
+    channel: Channel
+    message: Message
+    due: float | None = None
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """How far one subscription is behind.
+
+    Attributes:
+        waiting: messages not yet handled, those in flight included.
+        in_flight: of these, handed to a process.
+    """
+
+    waiting: int
+    in_flight: int = 0
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a transport keeps by itself; start-up refuses what neither it nor the Store can keep."""
+
+    durable: bool
+    processes: bool
+    priority: bool
+    ordered_streams: bool
+    description: str
+
+
+class Transport(Protocol):
+    """Carries channels on a broker. Implementations are found by entry point `trunkline.transports`."""
+
+    capabilities: Capabilities
+
+    async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
+        """Connect, declare channels and subscriptions that are missing, begin to receive.
+
+        Raises: TransportError if it cannot be reached; ConfigurationError if something exists otherwise.
+        """
+
+    async def send(self, batch: Sequence[Staged]) -> None:
+        """Return when the broker has confirmed all of `batch`.
+
+        Raises: PublishError or TransportError; then `err.unsent` lists what was not confirmed.
+        """
+
+    async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        """Return 1 to `limit` deliveries; wait while there are none."""
+
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Confirm that `deliveries` need not come again."""
+
+    def owns(self, subscription: Subscription, partition: int) -> bool:
+        """Return whether this process currently reads `partition` for `subscription`."""
+
+    def assignment(self, subscription: Subscription) -> int:
+        """Return a number that changes whenever this process gets or gives up a partition."""
+
+    async def backlog(self, subscription: Subscription) -> Backlog:
+        """Return how far `subscription` is behind."""
+
+    async def drain(self) -> None:
+        """Stop receiving; what was received may still be settled."""
+
+    async def stop(self) -> None:
+        """Give back what was not settled and disconnect."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """A transport or store URL taken apart.
+
+    Attributes:
+        scheme: which implementation.
+        path: what stands between scheme and options, decoded.
+        options: the query, each name once.
+        shown: the URL without secrets, for logs and errors.
+    """
+
+    scheme: str
+    path: str
+    options: dict[str, str]
+    shown: str
+
+
+def parse_address(url: str) -> Address:
+    """Take a URL apart.
+
+    Raises: ConfigurationError E201 if it is not one.
+    """
+    parts = urlsplit(url)
+    if not parts.scheme:
+        raise ConfigurationError(
+            "E201", f"{url!r} is not a URL", "such as sqlite:///shop.db, sqlite:////var/lib/shop.db or memory:"
+        )
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts.netloc else f"{parts.scheme}:{parts.path}"
+    return Address(parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)), shown)
+
+
+A = TypeVar("A")
+
+
+def load_adapter(group: str, url: str, clock: Clock) -> Any:
+    """Return the transport or store that `url` names, not yet started.
+
+    Args:
+        group: entry point group, `trunkline.transports` or `trunkline.stores`.
+    Raises: ConfigurationError E201 or E202.
+    """
+    address = parse_address(url)
+    found = {point.name: point for point in entry_points(group=group)}
+    point = found.get(address.scheme)
+    kind = group.rpartition(".")[2].removesuffix("s")
+    if point is None:
+        raise ConfigurationError(
+            "E202",
+            f"no {kind} for {address.scheme!r}",
+            f"installed are: {', '.join(sorted(found))}; others come with an extra or a package of their own",
+        )
+    return point.load()(address, clock)

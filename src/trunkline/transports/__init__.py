@@ -1,0 +1,1 @@
+"""Transports: one module each, found by entry point."""
