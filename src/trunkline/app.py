@@ -278,7 +278,7 @@ class App:
         """Commit staged messages through the store."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), lambda _unit, error: _resolve(future, error))
-        unit.staged = list(staged)
+        unit.staged = tuple(staged)
         self.store.submit(unit)
         await future
 

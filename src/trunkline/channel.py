@@ -92,6 +92,11 @@ def message_type(cls: type) -> MessageType | None:
     return _by_class.get(cls)
 
 
+def message_types() -> tuple[MessageType, ...]:
+    """Return everything that was declared in this process, in the order of declaration."""
+    return tuple(_by_class.values())
+
+
 class Channel:
     """A named, typed place. Use Queue, Topic or Stream.
 

@@ -27,7 +27,6 @@ class Clock:
         self._rng = _random.Random()  # noqa: S311 - jitter, not secrets
         self._id_ms = -1
         self._id_head = ""
-        self._id_tail = ""
         self._counter = 0
         os.register_at_fork(after_in_child=self._forget_ids)
 
@@ -53,26 +52,29 @@ class Clock:
         """Return a number in [0, 1)."""
         return self._rng.random()
 
-    def new_id(self) -> str:
-        """Return a UUIDv7, rising within this process.
+    def stamp(self) -> tuple[str, float]:
+        """Return a new id and the time it was made, in seconds since the epoch.
 
-        Source: RFC 9562 §5.7 and §6.2 method 1: 48 bits of milliseconds, a 26-bit counter that
-        starts at a random value each millisecond, 48 random bits.
+        The id is a UUIDv7 and rises within this process.
+        Source: RFC 9562 §5.7 and §6.2 method 2: 48 bits of milliseconds, then random bits drawn once per
+        millisecond, of which the last 48 count up.
         """
-        ms = int(self.now() * 1000)
+        now = self.now()
+        ms = int(now * 1000)
         if ms > self._id_ms:
             self._id_ms = ms
             text = f"{ms:012x}"
-            self._id_head = f"{text[:8]}-{text[8:]}-7"
-            entropy = int.from_bytes(os.urandom(9), "big")
-            self._counter = entropy & 0x1FFFFFF
-            self._id_tail = f"{(entropy >> 24) & 0xFFFFFFFFFFFF:012x}"
+            entropy = int.from_bytes(os.urandom(10), "big")
+            variant = 0x8000 | ((entropy >> 48) & 0x3FFF)
+            self._id_head = f"{text[:8]}-{text[8:]}-7{entropy >> 68:03x}-{variant:04x}-"
+            self._counter = entropy & 0x7FFF_FFFF_FFFF
         else:
             self._counter += 1
-        counter = self._counter
-        return (
-            f"{self._id_head}{counter >> 14:03x}-{0x8000 | (counter & 0x3FFF):04x}-{self._id_tail}"
-        )
+        return f"{self._id_head}{self._counter:012x}", now
+
+    def new_id(self) -> str:
+        """Return a UUIDv7; see `stamp`."""
+        return self.stamp()[0]
 
     def _forget_ids(self) -> None:
         self._id_ms = -1

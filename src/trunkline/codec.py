@@ -66,8 +66,7 @@ def check_limits(data: bytes) -> None:
         raise DecodeError(
             "E410", f"payload of {len(data)} bytes", f"at most {MAX_PAYLOAD_BYTES} are read"
         )
-    # Cheap upper bound first: only many brackets can nest deeply.
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if _depth(data) > MAX_DEPTH:
         raise DecodeError("E411", "payload is nested too deeply", f"at most {MAX_DEPTH} levels are read")
 
 
@@ -78,7 +77,9 @@ def decode_payload(decode: Decode, data: bytes, what: str) -> Any:
         what: name of the message type, for the error.
     Raises: DecodeError E410, E411 or E412.
     """
-    check_limits(data)
+    # Cheap upper bound first: only many brackets can nest deeply.
+    if len(data) > MAX_PAYLOAD_BYTES or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+        check_limits(data)
     try:
         return decode(data)
     except (ValueError, RecursionError, TypeError) as error:  # msgspec and pydantic errors are ValueErrors

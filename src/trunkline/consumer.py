@@ -230,20 +230,22 @@ class Consumer:
         if error is not None:
             self._undone(unit, error)
             return
+        parking = self.parking
         for delivery in unit.deliveries:
-            self.parking.committed(delivery)
+            if parking.keys or delivery.row != LIVE:
+                parking.committed(delivery)
         if not self._shared:
-            live = [delivery for delivery in unit.deliveries if delivery.row == LIVE]
-            if live:
-                if not self._acks:
-                    asyncio.get_running_loop().call_soon(self._send_acks)
-                self._acks += live
-        self._release(len(unit.deliveries))
-
-    def _release(self, count: int) -> None:
-        self._under_way -= count
+            self._acknowledge_later(unit)
+        self._under_way -= len(unit.deliveries)
         if self._free is not None and not self._free.done():
             self._free.set_result(None)
+
+    def _acknowledge_later(self, unit: Unit) -> None:
+        live = [delivery for delivery in unit.deliveries if delivery.row == LIVE]
+        if live:
+            if not self._acks:
+                asyncio.get_running_loop().call_soon(self._send_acks)
+            self._acks += live
 
     def _send_acks(self) -> None:
         acks, self._acks = self._acks, []

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from trunkline.clock import Clock, offload
-from trunkline.errors import FatalStoreError, LeaseLostError, PublishError
+from trunkline.errors import FatalStoreError, LeaseLostError, PublishError, TransportError
 from trunkline.handler import Context, Handler, make_message, results
 from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.lanes import Resume
@@ -58,6 +58,26 @@ class Route:
         self.call: Call = _compile_call(handler, resources)
 
 
+class Undone(TransportError):
+    """The commit before this one failed, so this unit is to be done again."""
+
+    def __init__(self) -> None:
+        super().__init__("E508", "an earlier message of the subscription is done again first")
+
+
+class _Raised:
+    """A handler that has raised."""
+
+    __slots__ = ("_error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        raise self._error
+        yield
+
+
 class Deliverer:
     """Delivers the messages of one subscription to its handlers.
 
@@ -96,24 +116,48 @@ class Deliverer:
         self.epoch = 0
         self.stopping = False
 
-    async def deliver(self, delivery: Delivery) -> None:
-        """Take one delivery from its bytes to its settlement."""
+    def deliver(self, delivery: Delivery) -> Coroutine[Any, Any, None] | None:
+        """Take one delivery to its settlement; what cannot be finished at once is returned, to be awaited.
+
+        A handler that never suspends is finished here, without a task.
+        """
         unit = Unit((delivery,), self._settled)
-        epoch = self.epoch
-        outcome = self._known_outcome(delivery)
-        if outcome is None:
-            message = delivery.message
-            route = self._routes.get(message.type) or self._every  # type: ignore[union-attr]
-            if route is None:
-                outcome = self._unknown(message)  # type: ignore[arg-type]
-            else:
-                unit.owner = route.name
-                outcome = await self._handle(route, message, unit, delivery)
-        if epoch != self.epoch:
-            await self._store.rollback(unit)  # an earlier message of this subscription was undone meanwhile
-            self._settled(unit, None)
-            return
-        self.settle(unit, outcome)
+        message = delivery.message
+        outcome = self._known_outcome(delivery) if message is None or self._parked else self._expired(message)
+        if outcome is not None:
+            self.settle(unit, outcome)
+            return None
+        message = delivery.message
+        route = self._routes.get(message.type, self._every)  # type: ignore[union-attr]
+        if route is None:
+            self.settle(unit, self._unknown(message))  # type: ignore[arg-type]
+            return None
+        unit.owner = route.name
+        if not route.is_async:
+            return self._handle(route, unit, delivery, None)
+        try:
+            payload = route.decode(message)  # type: ignore[arg-type]
+            context = self._context(route, unit, delivery) if route.needs_context else None
+            coroutine = route.call(payload, context)
+            waited_for = coroutine.send(None)
+        except StopIteration as stop:
+            value = stop.value
+        except BaseException as error:  # noqa: BLE001 - _handle decides about every failure
+            return self._handle(route, unit, delivery, _Raised(error))
+        else:
+            return self._handle(route, unit, delivery, Resume(coroutine, waited_for))
+        if value is not None:
+            try:
+                self._stage(route, unit, message, value)
+            except Exception as error:  # noqa: BLE001 - as above
+                return self._handle(route, unit, delivery, _Raised(error))
+        self.settle(unit, ACK)
+        return None
+
+    def _expired(self, message: Message) -> Outcome | None:
+        if message.expirytime is not None and message.expirytime < self._clock.now():
+            return Discard("expired")
+        return None
 
     def _known_outcome(self, delivery: Delivery) -> Outcome | None:
         """Return the outcome of what is not to be run: unreadable, expired, or behind a parked message."""
@@ -123,11 +167,9 @@ class Deliverer:
                 delivery.message = message = unpack(delivery.raw)  # type: ignore[arg-type]
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 return DeadLetter("E400", f"not an envelope: {describe(error)}")
-        if message.expirytime is not None and message.expirytime < self._clock.now():
-            return Discard("expired")
-        if self._parked and delivery.row == LIVE and delivery.partition >= 0 and delivery.key in self._parked:
+        if delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0:
             return BEHIND
-        return None
+        return self._expired(message)
 
     def _unknown(self, message: Message) -> Outcome:
         if not self._strict:
@@ -135,47 +177,58 @@ class Deliverer:
         known = ", ".join(sorted(self._routes)) or "nothing"
         return DeadLetter("E415", f"no handler for type {message.type[:120]!r} on this queue (have: {known})")
 
-    async def _handle(self, route: Route, message: Message | None, unit: Unit, delivery: Delivery) -> Outcome:
-        """Run the handler until it has an outcome; immediate retries happen here."""
+    async def _handle(
+        self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None
+    ) -> None:
+        """See a delivery through to its outcome; immediate retries happen here.
+
+        Args:
+            started: the first try, if it has begun.
+        """
+        epoch = self.epoch
+        outcome: Outcome = ACK
         while True:
             try:
-                payload = route.decode(message)  # type: ignore[arg-type]
-                context = self._context(route, unit, message, delivery) if route.needs_context else None
-                value = await self._run(route, payload, context)
+                value = await self._run(route, unit, delivery, started)
                 if value is not None:
-                    self._stage(route, unit, message, value)
+                    self._stage(route, unit, delivery.message, value)
             except DuplicateSignal:
-                return await self._duplicate(unit)
+                await self._undo(unit)
+                unit.duplicate = True
             except asyncio.CancelledError:
                 await self._undo(unit)
                 raise
             except (FatalStoreError, LeaseLostError) as error:
                 await self._undo(unit)
-                return RetryNow(describe(error))
+                outcome = RetryNow(describe(error))
             except Exception as error:  # noqa: BLE001 - the policy decides about every failure
                 await self._undo(unit)
                 delivery.attempt += 1
                 outcome = route.retry.verdict(error, delivery.attempt, self._clock.random())
-                if not isinstance(outcome, RetryNow):
-                    self._explain(route, delivery, error, outcome)
-                    return outcome
-                self._emit("retried", delivery, outcome.reason)
-            else:
-                return ACK
+                if isinstance(outcome, RetryNow):
+                    self._emit("retried", delivery, outcome.reason)
+                    started, outcome = None, ACK
+                    continue
+                self._explain(route, delivery, error, outcome)
+            break
+        if epoch == self.epoch:
+            self.settle(unit, outcome)
+        else:
+            # An earlier message of this subscription was undone meanwhile: this one comes after it again.
+            await self._undo(unit)
+            self._settled(unit, Undone())
 
-    async def _run(self, route: Route, payload: Any, context: Context | None) -> Any:
-        """Call the handler. One that never suspends costs no task and no timer."""
-        if not route.is_async:
-            async with asyncio.timeout(route.timeout_s):
-                return await offload(route.call, payload, context)
-        coroutine: Coroutine[Any, Any, Any] = route.call(payload, context)
-        try:
-            waited_for = coroutine.send(None)
-        except StopIteration as stop:
-            return stop.value
+    async def _run(self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None) -> Any:
+        """Call the handler, or go on with its first try, within its time."""
+        if started is None:
+            payload = route.decode(delivery.message)  # type: ignore[arg-type]
+            context = self._context(route, unit, delivery) if route.needs_context else None
+            started = route.call(payload, context) if route.is_async else offload(route.call, payload, context)
+        if isinstance(started, _Raised):
+            return await started
         try:
             async with asyncio.timeout(route.timeout_s):
-                return await Resume(coroutine, waited_for)
+                return await started
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self.stopping or task is None:
@@ -184,13 +237,13 @@ class Deliverer:
             task.uncancel()
             raise RuntimeError("the handler was cancelled") from None
 
-    def _context(self, route: Route, unit: Unit, message: Message | None, delivery: Delivery) -> Context:
+    def _context(self, route: Route, unit: Unit, delivery: Delivery) -> Context:
         return Context(
             unit=unit,
             store=self._store,
             clock=self._clock,
             source=self._source,
-            message=message,
+            message=delivery.message,
             attempt=delivery.attempt,
             allowed=route.allowed,
             log=self._log,
@@ -205,16 +258,12 @@ class Deliverer:
                     "add it to the return annotation",
                 )
             channel, envelope = make_message(payload, self._clock, self._source, None, None, message, {})
-            unit.staged.append(Staged(channel, envelope))
+            unit.stage(Staged(channel, envelope))
 
     async def _undo(self, unit: Unit) -> None:
-        unit.staged.clear()
-        await self._store.rollback(unit)
-
-    async def _duplicate(self, unit: Unit) -> Outcome:
-        await self._undo(unit)
-        unit.duplicate = True
-        return ACK
+        unit.staged = ()
+        if unit.transaction is not None:
+            await self._store.rollback(unit)
 
     def settle(self, unit: Unit, outcome: Outcome) -> None:
         """Act on an outcome: the only place that does. The store commits it with the next group."""
@@ -222,7 +271,9 @@ class Deliverer:
         for delivery in unit.deliveries:
             match outcome:
                 case Ack():
-                    pass
+                    if delivery.row != LIVE:
+                        self._parking.settled(delivery, outcome)
+                    continue
                 case RetryLater():
                     if outcome is not BEHIND:
                         self._emit("parked", delivery, f"{outcome.reason}; again in {outcome.after_s:.1f} s")
@@ -232,8 +283,7 @@ class Deliverer:
                     if outcome is not PASSED:
                         self._emit("discarded", delivery, outcome.reason)
                 case RetryNow():
-                    self._settled(unit, None)
-                    return
+                    return  # the store has failed for good: nothing is settled, everything comes again
             self._parking.settled(delivery, outcome)
         self._store.submit(unit)
 
@@ -273,8 +323,9 @@ class Deliverer:
         """Return ACK, or None when the batch failed and each is to be tried alone."""
         first = unit.deliveries[0]
         try:
-            context = self._context(route, unit, first.message, first) if route.needs_context else None
-            value = await self._run(route, payloads, context)
+            context = self._context(route, unit, first) if route.needs_context else None
+            call = route.call(payloads, context) if route.is_async else offload(route.call, payloads, context)
+            value = await self._run(route, unit, first, call)
             if value is not None:
                 self._stage(route, unit, first.message, value)
         except DuplicateSignal:
@@ -295,12 +346,11 @@ class Deliverer:
 
     async def _deliver_alone(self, route: Route, delivery: Delivery) -> None:
         unit = Unit((delivery,), self._settled, route.name)
-        outcome: Outcome
-        if self._parked and delivery.row == LIVE and delivery.key in self._parked and delivery.partition >= 0:
-            outcome = BEHIND
+        outcome = self._known_outcome(delivery)
+        if outcome is None:
+            await self._handle(route, unit, delivery, None)
         else:
-            outcome = await self._handle(route, delivery.message, unit, delivery)
-        self.settle(unit, outcome)
+            self.settle(unit, outcome)
 
     def _explain(self, route: Route, delivery: Delivery, error: Exception, outcome: Outcome) -> None:
         """Add one line to the user's traceback: which message, handler, attempt and outcome."""

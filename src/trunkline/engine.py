@@ -376,7 +376,7 @@ class Engine:
         except DuplicateSignal:
             writer.execute("ROLLBACK TO one")
             unit.duplicate = True
-            unit.staged = []
+            unit.staged = ()
             for stage in self.stages:
                 stage.apply(writer, (unit,))
         writer.execute("RELEASE one")

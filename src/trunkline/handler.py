@@ -249,7 +249,7 @@ class Context:
             )
         envelope = make_message(payload, self._clock, self._source, to, key, self.message, attributes)
         staged = Staged(to or envelope[0], envelope[1], due)
-        self._unit.staged.append(staged)
+        self._unit.stage(staged)
         return staged
 
 
@@ -267,37 +267,39 @@ def make_message(
     A ready-made Message passes through unchanged, if `to` says where.
     Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E307 for a wrong attribute.
     """
-    if isinstance(payload, Message):
-        if to is None:
-            raise UnroutableError("E303", "a Message has no home channel", "say to=channel")
-        return to, payload
     declared = message_type(type(payload))
     if declared is None:
+        return _undeclared(payload, to)
+    if key is None and declared.key_of is not None:
+        key = str(declared.key_of(payload))
+    data = encode_payload(declared.encode, payload, declared.name)
+    message_id, now = clock.stamp()
+    if cause is None:
+        message = Message(message_id, declared.name, source, data, now, key, None, None, declared.version)
+    else:
+        correlation = cause.correlationid or cause.id
+        message = Message(
+            message_id, declared.name, source, data, now, key, correlation, cause.id, declared.version
+        )
+        if cause.tenantid is not None:
+            attributes = {"tenantid": cause.tenantid, **attributes}
+    return declared.channel, _with_attributes(message, attributes) if attributes else message
+
+
+def _undeclared(payload: Any, to: Channel | None) -> tuple[Channel, Message]:
+    if not isinstance(payload, Message):
         raise UnroutableError(
             "E303",
             f"{type(payload).__name__} is not declared on any channel",
             "declare it with @channel.event or @queue.command",
         )
-    key_of = declared.key_of
-    if key is None and key_of is not None:
-        key = str(key_of(payload))
-    data = encode_payload(declared.encode, payload, declared.name)
-    message_id = attributes.pop("id", None) or clock.new_id()
-    correlation = cause_id = tenant = None
-    if cause is not None:
-        correlation, cause_id, tenant = cause.correlationid or cause.id, cause.id, cause.tenantid
-    if not attributes and tenant is None:
-        return declared.channel, Message(
-            message_id, declared.name, source, data, clock.now(), key, correlation, cause_id, declared.version
-        )
-    return declared.channel, _with_attributes(
-        Message(message_id, declared.name, source, data, clock.now(), key, correlation, cause_id, declared.version),
-        {"tenantid": tenant, **attributes},
-    )
+    if to is None:
+        raise UnroutableError("E303", "a Message has no home channel", "say to=channel")
+    return to, payload
 
 
 _SETTABLE = frozenset(
-    {"subject", "priority", "expirytime", "tenantid", "traceparent", "correlationid", "causationid", "dataschema", "extensions"}
+    {"id", "subject", "priority", "expirytime", "tenantid", "traceparent", "correlationid", "causationid", "dataschema", "extensions"}
 )
 
 
@@ -307,7 +309,7 @@ def _with_attributes(message: Message, attributes: dict[str, Any]) -> Message:
         raise PublishError(
             "E307",
             f"no attribute {', '.join(sorted(unknown))}",
-            f"settable are: id, {', '.join(sorted(_SETTABLE))}; others go into extensions={{...}}",
+            f"settable are: {', '.join(sorted(_SETTABLE))}; others go into extensions={{...}}",
         )
     expiry = attributes.get("expirytime")
     if isinstance(expiry, datetime | timedelta):

@@ -54,11 +54,11 @@ class Lanes:
     """Runs `deliver(delivery)` for what is added.
 
     Args:
-        deliver: coroutine function; it must not raise, but for cancellation.
+        deliver: returns None when it is done, else a coroutine for the rest; neither may raise.
         concurrency: most deliveries suspended at once.
     """
 
-    def __init__(self, deliver: Callable[[Delivery], Coroutine[Any, Any, None]], concurrency: int) -> None:
+    def __init__(self, deliver: Callable[[Delivery], Coroutine[Any, Any, None] | None], concurrency: int) -> None:
         self._deliver = deliver
         self._concurrency = concurrency
         self._ready: deque[Delivery] = deque()
@@ -119,7 +119,7 @@ class Lanes:
             self.failure(error)
 
     async def _work(self) -> None:
-        ready, busy = self._ready, self._busy
+        ready, busy, deliver = self._ready, self._busy, self._deliver
         while True:
             while ready:
                 delivery = ready.popleft()
@@ -127,12 +127,14 @@ class Lanes:
                 if busy and key in busy:
                     busy[key].append(delivery)  # type: ignore[index]
                     continue
-                coroutine = self._deliver(delivery)
+                rest_of_it = deliver(delivery)
+                if rest_of_it is None:
+                    continue
                 try:
-                    waited_for = coroutine.send(None)
+                    waited_for = rest_of_it.send(None)
                 except StopIteration:
                     continue
-                await self._stay_with(coroutine, waited_for, key)
+                await self._stay_with(rest_of_it, waited_for, key)
             self._awake -= 1
             if self._idle is not None and not (self._awake or self._suspended or self._idle.done()):
                 self._idle.set_result(None)

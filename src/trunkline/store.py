@@ -14,7 +14,8 @@ from trunkline.message import Message
 from trunkline.outcome import ACK, Outcome
 from trunkline.transport import Delivery, Staged, Subscription, Transport
 
-Done = Callable[["Unit", BaseException | None], None]
+Done = Callable[[Any, BaseException | None], None]
+"""Called with the Unit and None, or the error that undid it."""
 
 
 class DuplicateSignal(BaseException):
@@ -24,29 +25,30 @@ class DuplicateSignal(BaseException):
     """
 
 
-class Unit:
+class Unit(msgspec.Struct, eq=False, gc=False):
     """What the handling of one delivery (or one batch) commits.
 
     Attributes:
         deliveries: what is settled with it; empty for a publication from outside a handler.
-        staged: messages that leave with it.
-        outcome: what becomes of the deliveries.
         done: called once on the loop with the unit and None when committed, else the error; nothing was stored then.
         owner: name of the handler, for warnings.
+        staged: messages that leave with it.
+        outcome: what becomes of the deliveries.
         transaction: the handler's open transaction, if it asked for one.
         duplicate: set by the store: the inbox already had it, so only the settlement was committed.
     """
 
-    __slots__ = ("deliveries", "done", "duplicate", "outcome", "owner", "staged", "transaction")
+    deliveries: Sequence[Delivery]
+    done: Done
+    owner: str = ""
+    staged: Sequence[Staged] = ()
+    outcome: Outcome = ACK
+    transaction: Transaction | None = None
+    duplicate: bool = False
 
-    def __init__(self, deliveries: Sequence[Delivery], done: Done, owner: str = "") -> None:
-        self.deliveries = deliveries
-        self.staged: list[Staged] = []
-        self.outcome: Outcome = ACK
-        self.done = done
-        self.owner = owner
-        self.transaction: Transaction | None = None
-        self.duplicate = False
+    def stage(self, staged: Staged) -> None:
+        """Add a message that leaves with this unit."""
+        self.staged = (*self.staged, staged)
 
 
 class Transaction(Protocol):
@@ -159,6 +161,14 @@ class Store(Protocol):
     async def redrive(self, number: int, raw: bytes | None = None) -> None:
         """Give a dead letter back to its subscription, with `raw` in place of its envelope if given.
 
+        Raises: DeadLetterError if there is none of that number.
+        """
+
+    async def edit_dead_letter(self, number: int, raw: bytes) -> None:
+        """Replace the envelope of a dead letter, which stays set aside.
+
+        Args:
+            raw: a packed Message.
         Raises: DeadLetterError if there is none of that number.
         """
 

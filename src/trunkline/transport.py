@@ -43,7 +43,7 @@ class Subscription:
         return f"<Subscription {self.label}>"
 
 
-class Delivery:
+class Delivery(msgspec.Struct, eq=False, gc=False):
     """One message handed to one subscription.
 
     Attributes:
@@ -58,31 +58,15 @@ class Delivery:
         suspect: it may have been in a handler when a process died.
     """
 
-    __slots__ = (
-        "attempt", "key", "message", "partition", "position", "raw", "row", "subscription", "suspect",
-    )  # fmt: skip
-
-    def __init__(  # noqa: PLR0913 - a record; positional for speed on the hot path
-        self,
-        subscription: Subscription,
-        message: Message | None,
-        raw: bytes | None,
-        key: str | None,
-        position: int,
-        partition: int = -1,
-        attempt: int = 0,
-        row: int = LIVE,
-        suspect: bool = False,  # noqa: FBT001, FBT002 - as above
-    ) -> None:
-        self.subscription = subscription
-        self.message = message
-        self.raw = raw
-        self.key = key
-        self.position = position
-        self.partition = partition
-        self.attempt = attempt
-        self.row = row
-        self.suspect = suspect
+    subscription: Subscription
+    message: Message | None
+    raw: bytes | None
+    key: str | None
+    position: int
+    partition: int = -1
+    attempt: int = 0
+    row: int = LIVE
+    suspect: bool = False
 
 
 class Staged(msgspec.Struct, frozen=True, gc=False):

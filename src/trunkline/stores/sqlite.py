@@ -118,7 +118,7 @@ class SqliteStore:
         found: set[str] = set()
         for tenant, identities in by_tenant.items():
             for (identity,) in self.engine.reader.execute(
-                "SELECT i.id FROM json_each(?) j JOIN trunkline_inbox i ON i.id = j.value WHERE i.reader = ? AND i.tenant = ?",
+                "SELECT i.id FROM json_each(?) j CROSS JOIN trunkline_inbox i ON i.id = j.value WHERE i.reader = ? AND i.tenant = ?",
                 (encode_json(identities).decode(), reader, tenant),
             ):
                 found.add(identity)
@@ -391,14 +391,7 @@ class SqliteStore:
 
     def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters; see Store."""
-        rows = self.engine.reader.execute(
-            "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
-            " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
-            " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
-            " WHERE ?1 IS NULL OR r.label = ?1 ORDER BY d.seq LIMIT ?2",
-            (subscription, limit),
-        )
-        return [DeadLetterRow(*row[:11], bool(row[11]), *row[12:]) for row in rows]  # type: ignore[arg-type]
+        return read_dead_letters(self.engine.reader, subscription=subscription, limit=limit)
 
     async def redrive(self, number: int, raw: bytes | None = None) -> None:
         """Give a dead letter back; see Store."""
@@ -414,6 +407,20 @@ class SqliteStore:
 
         await self.engine.run(move)
         self._notify()
+
+    async def edit_dead_letter(self, number: int, raw: bytes) -> None:
+        """Replace the envelope of a dead letter; see Store."""
+        message = unpack(raw)
+
+        def edit(connection: apsw.Connection) -> None:
+            connection.execute(
+                "UPDATE trunkline_dead_letter SET event = ?, id = ?, type = ? WHERE seq = ?",
+                (raw, message.id, message.type, number),
+            )
+            if not connection.changes():
+                raise _no_dead_letter(number)
+
+        await self.engine.run(edit)
 
     async def discard_dead_letter(self, number: int) -> None:
         """Remove a dead letter; see Store."""
@@ -461,8 +468,39 @@ def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ..
         "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event", (number,)
     ).fetchall()
     if not rows:
-        raise DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
+        raise _no_dead_letter(number)
     return rows[0]
+
+
+def _no_dead_letter(number: int) -> DeadLetterError:
+    return DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
+
+
+def read_dead_letters(
+    connection: apsw.Connection,
+    *,
+    subscription: str | None = None,
+    message_type: str | None = None,
+    number: int | None = None,
+    limit: int = -1,
+) -> list[DeadLetterRow]:
+    """Return dead letters, oldest first.
+
+    Args:
+        subscription: label, or name alone; None for all.
+        message_type: CloudEvents type; None for all.
+        number: that one only.
+        limit: most rows; -1 for all.
+    """
+    rows = connection.execute(
+        "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
+        " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
+        " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
+        " WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || '@')"
+        " AND (?2 IS NULL OR d.type = ?2) AND (?3 IS NULL OR d.seq = ?3) ORDER BY d.seq LIMIT ?4",
+        (subscription, message_type, number, limit),
+    )
+    return [DeadLetterRow(*row[:11], bool(row[11]), *row[12:]) for row in rows]  # type: ignore[arg-type]
 
 
 def _parking_key(delivery: Delivery) -> str | None:

@@ -191,7 +191,7 @@ class SqliteTransport:
                 future.set_exception(error)
 
         unit.done = done
-        unit.staged = list(batch)
+        unit.staged = batch
         self.engine.submit(unit)
         return future
 

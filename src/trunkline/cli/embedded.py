@@ -1,0 +1,338 @@
+"""An embedded file as an operator sees it: read only, while services work on it.
+
+Invariant: opening never creates a file, registers no process and takes no lock that a service waits for.
+Never does: change anything (actions.py). Read next: tail.py, backlog.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import apsw
+import msgspec
+
+from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
+from trunkline.message import unpack
+from trunkline.process_lock import ProcessLock
+from trunkline.stores.sqlite import read_dead_letters
+from trunkline.store import DeadLetterRow
+from trunkline.transport import parse_address
+from trunkline.transports.sqlite import count_backlog
+
+BUSY_MS = 5000
+
+
+class StoredChannel(msgspec.Struct, frozen=True):
+    """A channel that exists in the file."""
+
+    number: int
+    name: str
+    kind: str
+    partitions: int
+
+
+class StoredMessage(msgspec.Struct, frozen=True):
+    """A message in the file.
+
+    Attributes:
+        position: rises in commit order.
+        raw: its envelope as stored.
+    """
+
+    position: int
+    raw: bytes
+
+
+class SubscriptionBacklog(msgspec.Struct, frozen=True):
+    """How one subscription stands.
+
+    Attributes:
+        subscription: `name@channel`.
+        waiting: not yet handled, those in flight included.
+        in_flight: of these, handed to a process; None where the file does not say (Streams).
+        parked: waiting for their next try, or behind one that does.
+        dead: set aside.
+        oldest_s: age of the oldest waiting message; None if nothing waits.
+    """
+
+    subscription: str
+    channel: str
+    kind: str
+    waiting: int
+    in_flight: int | None
+    parked: int
+    dead: int
+    oldest_s: float | None
+
+
+class ProcessRow(msgspec.Struct, frozen=True):
+    """A process registered in the file."""
+
+    number: int
+    pid: int
+    started: float
+    beat: float
+    alive: bool
+
+
+def file_path(url: str, option: str = "--transport") -> str:
+    """Return the path of the embedded file that `url` names.
+
+    Raises: ConfigurationError E230 if it names something else.
+    """
+    address = parse_address(url)
+    if address.scheme != "sqlite":
+        raise ConfigurationError(
+            "E230", f"{address.shown} cannot be looked into from outside", f"name an embedded file: {option} sqlite:///shop.db"
+        )
+    return address.path.removeprefix("/")
+
+
+def existing_file(url: str, option: str = "--transport") -> str:
+    """Return the path of an embedded file that exists.
+
+    Raises: ConfigurationError E230 or E231; nothing is created.
+    """
+    path = file_path(url, option)
+    if not Path(path).is_file():
+        raise ConfigurationError(
+            "E231",
+            f"{path or url} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
+            f"start a service on it first, or name the right file: {option} sqlite:///shop.db",
+        )
+    return path
+
+
+def open_file(url: str, option: str = "--transport") -> EmbeddedFile:
+    """Open an existing embedded file to read it.
+
+    Raises: ConfigurationError E230, E231 or E232; TransportError E501.
+    """
+    return EmbeddedFile(existing_file(url, option))
+
+
+class EmbeddedFile:
+    """Read-only view of the file at `path`; a context manager."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+            self.connection.set_busy_timeout(BUSY_MS)
+            self._tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_schema WHERE type='table'")}
+        except apsw.NotADBError as error:
+            raise ConfigurationError("E203", f"{path} is not a SQLite database", "name another file") from error
+        except apsw.Error as error:
+            raise TransportError(
+                "E501", f"{path} cannot be opened: {error}", "check that it and its folder can be read"
+            ) from error
+        if "trunkline_process" not in self._tables:
+            self.connection.close()
+            raise ConfigurationError(
+                "E232", f"{path} is a SQLite database that no Trunkline service has used", "name the file of a service"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.connection.close()
+
+    def rows(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of a query.
+
+        Raises: FatalStoreError E503 for a damaged file, TransportError E506 for anything else.
+        """
+        with self._translated():
+            return self.connection.execute(sql, parameters).fetchall()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (apsw.CorruptError, apsw.NotADBError, apsw.IOError) as error:
+            raise FatalStoreError(
+                "E503", f"{self.path} is damaged: {error}", "stop its services, keep a copy, restore a backup"
+            ) from error
+        except apsw.Error as error:
+            raise TransportError("E506", f"{self.path} refused a query: {error}", "run trunkline doctor") from error
+
+    def version(self) -> int:
+        """Return a number that changes with every commit of anyone."""
+        return int(self.rows("PRAGMA data_version")[0][0])
+
+    # --- what is in it ---
+
+    def channels(self) -> list[StoredChannel]:
+        """Return the channels, by name."""
+        if "trunkline_channel" not in self._tables:
+            return []
+        return [
+            StoredChannel(*row) for row in self.rows("SELECT id, name, kind, partitions FROM trunkline_channel ORDER BY name")
+        ]
+
+    def channel(self, name: str) -> StoredChannel:
+        """Return the channel of that name.
+
+        Raises: ConfigurationError E233.
+        """
+        found = self.channels()
+        for channel in found:
+            if channel.name == name:
+                return channel
+        have = ", ".join(channel.name for channel in found) or "none"
+        raise ConfigurationError("E233", f"no channel {name!r} in {self.path}", f"there are: {have}")
+
+    def labels(self) -> list[str]:
+        """Return the labels of all subscriptions, `name@channel`."""
+        if "trunkline_reader" not in self._tables:
+            return []
+        return [label for (label,) in self.rows("SELECT label FROM trunkline_reader ORDER BY label")]
+
+    def processes(self) -> list[ProcessRow]:
+        """Return the registered processes; `alive` is what the kernel's lock says."""
+        rows = self.rows("SELECT id, pid, started, beat FROM trunkline_process ORDER BY id")
+        if not rows or not Path(f"{self.path}-live").exists():
+            return [ProcessRow(*row, alive=False) for row in rows]
+        lock = ProcessLock(self.path)
+        try:
+            return [ProcessRow(*row, alive=lock.held_by_another(row[0])) for row in rows]
+        finally:
+            lock.close()
+
+    # --- messages ---
+
+    def last_position(self) -> int:
+        """Return the position of the newest message; later ones are higher."""
+        return int(self.rows("SELECT value FROM trunkline_counter WHERE name = 'position'")[0][0])
+
+    def read(self, channel: StoredChannel, after: int, limit: int) -> list[StoredMessage]:
+        """Return messages of a channel in order: of a Stream the log, else those that wait.
+
+        A message of a Topic is there once per subscription that has not handled it.
+        """
+        if channel.kind == "stream":
+            sql = "SELECT position, event FROM trunkline_log WHERE channel = ? AND position > ? ORDER BY position LIMIT ?"
+        else:
+            sql = (
+                "SELECT q.position, q.event FROM trunkline_queue q JOIN trunkline_subscription s ON s.id = q.subscription"
+                " WHERE s.channel = ? AND q.position > ? ORDER BY q.position LIMIT ?"
+            )
+        return [StoredMessage(*row) for row in self.rows(sql, channel.number, after, limit)]
+
+    # --- backlogs ---
+
+    def backlogs(self, store: EmbeddedFile, now: float) -> list[SubscriptionBacklog]:
+        """Return how each subscription stands.
+
+        Args:
+            store: the file of the store, often this one.
+        """
+        aside = store.set_aside()
+        found = []
+        rows = self.rows(
+            "SELECT s.id, s.name, c.name, c.kind FROM trunkline_subscription s"
+            " JOIN trunkline_channel c ON c.id = s.channel ORDER BY c.name, s.name"
+        )
+        for number, name, channel, kind in rows:
+            labels = [f"{name}@{channel}"]
+            if kind == "queue":
+                # A queue's row carries its own name; who owns it is what the store knows.
+                labels = [label for label in store.labels() if label.endswith(f"@{channel}")] or labels
+            counts = count_backlog(self.connection, number, stream=kind == "stream")
+            oldest = self._oldest(number, kind) if counts.waiting else None
+            parked, dead = (sum(aside.get(label, (0, 0))[n] for label in labels) for n in range(2))
+            found.append(
+                SubscriptionBacklog(
+                    ", ".join(labels), channel, kind, counts.waiting, None if kind == "stream" else counts.in_flight,
+                    parked, dead, None if oldest is None else max(0.0, now - oldest),
+                )
+            )  # fmt: skip
+        return found
+
+    def set_aside(self) -> dict[str, tuple[int, int]]:
+        """Return label → (parked, dead letters)."""
+        if "trunkline_parked" not in self._tables:
+            return {}
+        return {
+            label: (parked, dead)
+            for label, parked, dead in self.rows(
+                "SELECT r.label, (SELECT count(*) FROM trunkline_parked p WHERE p.reader = r.id),"
+                " (SELECT count(*) FROM trunkline_dead_letter d WHERE d.reader = r.id) FROM trunkline_reader r"
+            )
+        }
+
+    def _oldest(self, number: int, kind: str) -> float | None:
+        if kind == "stream":
+            rows = self.rows(
+                "SELECT l.at FROM trunkline_subscription s CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p"
+                " WHERE s.id = ?1 AND l.channel = s.channel AND p.subscription = ?1 AND p.partition = l.partition"
+                " AND l.position > (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
+                " AND l.position > p.position ORDER BY l.position LIMIT 1",
+                number,
+            )
+            return float(rows[0][0]) if rows else None
+        rows = self.rows(
+            "SELECT event FROM trunkline_queue WHERE subscription = ? ORDER BY position LIMIT 1", number
+        )
+        try:
+            return unpack(rows[0][0]).time if rows else None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None  # an unreadable envelope has no time; `tail` shows it
+
+    # --- dead letters ---
+
+    def dead_letters(
+        self, subscription: str | None = None, message_type: str | None = None, limit: int = -1
+    ) -> list[DeadLetterRow]:
+        """Return dead letters, oldest first; see Store.dead_letters for the fields."""
+        if "trunkline_dead_letter" not in self._tables:
+            return []
+        with self._translated():
+            return read_dead_letters(self.connection, subscription=subscription, message_type=message_type, limit=limit)
+
+    def dead_letter(self, number: int) -> DeadLetterRow:
+        """Return one dead letter.
+
+        Raises: DeadLetterError E601.
+        """
+        if "trunkline_dead_letter" in self._tables:
+            with self._translated():
+                rows = read_dead_letters(self.connection, number=number)
+            if rows:
+                return rows[0]
+        raise DeadLetterError("E601", f"no dead letter {number} in {self.path}", 'list them with "trunkline dead list"')
+
+    def dead_letter_numbers(self, subscription: str | None, message_type: str | None) -> list[int]:
+        """Return the numbers of dead letters that fit, oldest first."""
+        if "trunkline_dead_letter" not in self._tables:
+            return []
+        return [
+            number
+            for (number,) in self.rows(
+                "SELECT d.seq FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
+                " WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || '@')"
+                " AND (?2 IS NULL OR d.type = ?2) ORDER BY d.seq",
+                subscription, message_type,
+            )
+        ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_both(transport_url: str, store_url: str) -> Iterator[tuple[EmbeddedFile, EmbeddedFile]]:
+    """Open the files of transport and store; they are one object when they are one file.
+
+    Raises: as `open_file`.
+    """
+    with open_file(transport_url) as transport:
+        if file_path(store_url, "--store") == transport.path:
+            yield transport, transport
+            return
+        with open_file(store_url, "--store") as store:
+            yield transport, store

@@ -1,0 +1,125 @@
+"""What goes to the terminal: text that is safe to show, tables, JSON, errors.
+
+Invariant: nothing that came from a message reaches the terminal with control characters in it.
+Read next: commands.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from trunkline.errors import ConfigurationError, TrunklineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+FAILED, USAGE, TEMPORARY = 1, 2, 75
+PIPE_WIDTH = 1000
+"""Width where no terminal limits it, so that `grep` sees whole lines."""
+
+
+def exit_code(error: TrunklineError) -> int:
+    """Return 2 for a wrong configuration, 75 for what may pass, else 1."""
+    if isinstance(error, ConfigurationError):
+        return USAGE
+    return TEMPORARY if error.retryable else FAILED
+
+
+def report(error: TrunklineError, *, with_traceback: bool) -> None:
+    """Write an error to stderr: one line with its code, one with the next step."""
+    if with_traceback:
+        typer.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
+    typer.secho(f"{error.code} {printable(error.message)}", fg="red", err=True)
+    if error.hint:
+        typer.echo(f"     {printable(error.hint)}", err=True)
+
+
+def stdout() -> Console:
+    """Return a console for results."""
+    return _console(stderr=False)
+
+
+def stderr() -> Console:
+    """Return a console for progress and remarks, which must not end up in a pipe."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+def table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """Return an empty table in the one look all commands share.
+
+    Args:
+        right: headers of the columns that hold numbers.
+    """
+    from rich import box
+    from rich.table import Table
+
+    made = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", header_style="bold",
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    for header in headers:
+        made.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return made
+
+
+def print_json(value: Any) -> None:
+    """Write `value` as indented JSON to stdout."""
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def printable(text: str, *, limit: int = 0) -> str:
+    """Return `text` on one line, control characters shown as escapes.
+
+    Args:
+        limit: longest result; 0 for any.
+
+    >>> printable("a\\x1b[31mb\\nc")
+    'a\\\\x1b[31mb\\\\nc'
+    >>> printable("abcdef", limit=4)
+    'abc…'
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return f"{text[: limit - 1]}…" if limit and len(text) > limit else text
+
+
+def ago(seconds: float) -> str:
+    """Return a duration in the one unit that says enough.
+
+    >>> ago(0.4), ago(75), ago(7300), ago(200000)
+    ('0 s', '75 s', '2 h', '2 d')
+    """
+    for size, unit in ((172_800, "d"), (7200, "h"), (120, "min")):
+        if seconds >= size:
+            return f"{seconds / {'d': 86_400, 'h': 3600, 'min': 60}[unit]:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> size(999), size(123_456), size(5_000_000_000)
+    ('999 B', '123 kB', '5.0 GB')
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:  # noqa: PLR2004 - decimal units
+            return f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

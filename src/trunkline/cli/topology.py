@@ -1,0 +1,101 @@
+"""`trunkline topology`: what a system's types say, as text, Mermaid, SVG or JSON.
+
+Read next: ../topology.py.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trunkline.cli import options
+from trunkline.cli.target import load_target
+from trunkline.cli.terminal import print_json, stdout, table
+from trunkline.config import load_settings
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from trunkline.topology import Topology
+
+
+class Format(StrEnum):
+    """How a topology is written."""
+
+    text = "text"
+    mermaid = "mermaid"
+    svg = "svg"
+
+
+def topology(
+    target: options.Target = None,
+    *,
+    form: Annotated[
+        Format, typer.Option("--format", "-f", help="text for people, mermaid for Markdown, svg for documents.")
+    ] = Format.text,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show services, channels and messages, read from the types alone: nothing is connected or started."""
+    from trunkline.topology import describe, to_mermaid
+
+    found = describe(load_target(load_settings(app=target)).system)
+    if as_json:
+        print_json(found)
+    elif form is Format.mermaid:
+        typer.echo(to_mermaid(found), nl=False)
+    elif form is Format.svg:
+        from trunkline.cli.drawing import to_svg
+
+        typer.echo(to_svg(found), nl=False)
+    else:
+        _write(found)
+
+
+def _write(found: Topology) -> None:
+    console = stdout()
+    console.print(_tree(found))
+    console.print()
+    channels = table("Channel", "Kind", "Message", "Published by", "Handled by", title="Channels")
+    for channel in found.channels:
+        kind = f"{channel.kind}, {channel.partitions} parts" if channel.partitions else channel.kind
+        first = (channel.name, kind)
+        for name in channel.types:
+            senders = dict.fromkeys(
+                link.service for link in found.publishes if (link.channel, link.message) == (channel.name, name)
+            )
+            takers = dict.fromkeys(
+                link.service
+                for link in found.handles
+                if link.channel == channel.name and (link.message == name or len(link.message.split()) > 1)
+            )
+            channels.add_row(*first, name, "\n".join(senders) or "(outside)", "\n".join(takers) or "(nobody)")
+            first = ("", "")
+        channels.add_section()
+    console.print(channels)
+
+
+def _tree(found: Topology) -> Tree:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    kinds = {channel.name: channel.kind for channel in found.channels}
+    tree = Tree(Text(found.system, style="bold"), guide_style="dim")
+    for service in found.services:
+        node = tree.add(Text(service.name, style="bold cyan"))
+        handlers = dict.fromkeys(link.handler for link in found.handles if link.service == service.name)
+        for handler in handlers:
+            takes = [link for link in found.handles if (link.service, link.handler) == (service.name, handler)]
+            gives = [link for link in found.publishes if (link.service, link.handler) == (service.name, handler)]
+            text = Text(", ".join(dict.fromkeys(link.message for link in takes)))
+            text.append(f"  from {kinds[takes[0].channel]} {takes[0].channel}", "dim")
+            if takes[0].subscription != service.name:
+                text.append(f" as {takes[0].subscription}", "dim")
+            text.append(f"  {handler.rpartition('.')[2]}()", "green")
+            branch = node.add(text)
+            for link in gives:
+                branch.add(Text.assemble("→ ", link.message, (f"  to {kinds[link.channel]} {link.channel}", "dim")))
+        for background in service.background:
+            node.add(Text.assemble((f"{background}()", "green"), ("  in the background", "dim")))
+    return tree

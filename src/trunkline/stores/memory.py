@@ -1,0 +1,355 @@
+"""The store in the memory of one process, for tests.
+
+Invariant: the same rules as stores/sqlite.py; a unit is applied whole, at once.
+Never does: survive the process. Read next: store.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
+
+import apsw
+import msgspec
+
+from trunkline.clock import Clock
+from trunkline.dbapi import Connection
+from trunkline.errors import ConfigurationError, DeadLetterError
+from trunkline.message import pack, unpack
+from trunkline.outcome import ACK, DeadLetter, RetryLater
+from trunkline.store import DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.transport import LIVE, Address, Delivery, Staged, Subscription, Transport
+
+
+class _Parked(msgspec.Struct):
+    """A parked message."""
+
+    number: int
+    delivery: Delivery
+    due: float
+    taken: bool = False
+
+
+class MemoryStore:
+    """Store of one App."""
+
+    def __init__(self, address: Address, clock: Clock) -> None:
+        if address.path or address.options:
+            raise ConfigurationError("E206", f"{address.shown} says more than memory: can use", "write memory:")
+        self._clock = clock
+        self._inbox: dict[str, set[str]] = {}
+        self._parked: dict[str, dict[int, _Parked]] = {}
+        self._dead: dict[int, tuple[DeadLetterRow, Delivery]] = {}
+        self._attempts: dict[tuple[str, int, int], int] = {}
+        self._outbox: list[tuple[float, int, Staged]] = []
+        self._sending: dict[int, tuple[float, int, Staged]] = {}
+        self._numbers = count(1)
+        self._callbacks: list[Callable[[], None]] = []
+        self._place: Callable[[Sequence[Staged]], None] | None = None
+        self._forget_live: Callable[[Sequence[Delivery]], None] | None = None
+        self._lock = asyncio.Lock()
+        self._tables: apsw.Connection | None = None
+
+    async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
+        """Get ready; see Store."""
+        self._place = getattr(transport, "place", None)
+        for subscription in subscriptions:
+            self._inbox[subscription.label] = set()
+            self._parked[subscription.label] = {}
+        self._forget_live = getattr(transport, "forget", None)
+        return self._place is not None
+
+    async def stop(self) -> None:
+        """Forget the user's tables."""
+        if self._tables is not None:
+            self._tables.close()
+            self._tables = None
+
+    async def run_schema(self, statements: Sequence[str]) -> None:
+        """Make the user's tables; see Store."""
+        if statements:
+            connection = self._connection()
+            for statement in statements:
+                connection.execute(statement)
+
+    def _connection(self) -> apsw.Connection:
+        if self._tables is None:
+            self._tables = apsw.Connection(":memory:")
+            self._tables.execute("PRAGMA foreign_keys=ON")
+        return self._tables
+
+    # --- the unit of work ---
+
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
+        """Return which were handled before; see Store."""
+        inbox = self._inbox[subscription.label]
+        if inbox.isdisjoint([_inbox_id(delivery) for delivery in deliveries]):
+            return set()
+        return {d.message.identity for d in deliveries if d.message is not None and _inbox_id(d) in inbox}
+
+    def submit(self, unit: Unit) -> None:
+        """Apply at once; see Store."""
+        if unit.transaction is not None:
+            try:
+                self._end_transaction(unit)
+            except apsw.Error as error:
+                unit.done(unit, error)
+                return
+        elif unit.outcome is ACK and not unit.duplicate and not self._remember(unit):
+            unit.duplicate = True
+            unit.staged = ()
+        for delivery in unit.deliveries:
+            if delivery.row != LIVE or delivery.suspect or unit.outcome is not ACK:
+                self._move(unit, delivery)
+        if unit.staged:
+            self._send(unit.staged)
+        if self._forget_live is not None and unit.deliveries:
+            self._forget_live(unit.deliveries)
+        unit.done(unit, None)
+
+    def _move(self, unit: Unit, delivery: Delivery) -> None:
+        if delivery.row != LIVE:
+            self._parked[delivery.subscription.label].pop(delivery.row, None)
+        if delivery.suspect:
+            self._attempts.pop(_attempt_id(delivery), None)
+        if unit.outcome is not ACK:
+            self._set_aside(unit, delivery)
+
+    def _remember(self, unit: Unit) -> bool:
+        for delivery in unit.deliveries:
+            inbox = self._inbox[delivery.subscription.label]
+            identity = _inbox_id(delivery)
+            if identity in inbox:
+                return False
+            inbox.add(identity)
+        return True
+
+    def _send(self, batch: Sequence[Staged]) -> None:
+        if self._place is not None and all(staged.due is None for staged in batch):
+            self._place(batch)
+            return
+        for staged in batch:
+            heappush(self._outbox, (staged.due or 0.0, next(self._numbers), staged))
+        self._notify()
+
+    async def transaction(self, unit: Unit) -> Transaction:
+        """Open the handler's transaction; see Store."""
+        await self._lock.acquire()
+        try:
+            if not self._remember(unit):
+                raise DuplicateSignal
+            connection = self._connection()
+            connection.execute("BEGIN IMMEDIATE")
+        except BaseException:
+            self._lock.release()
+            raise
+        unit.transaction = MemoryTransaction(connection)
+        return unit.transaction
+
+    def _end_transaction(self, unit: Unit) -> None:
+        unit.transaction = None
+        try:
+            self._connection().execute("COMMIT")
+        except apsw.Error:
+            self._connection().execute("ROLLBACK")
+            self._forget(unit)
+            raise
+        finally:
+            self._lock.release()
+
+    async def rollback(self, unit: Unit) -> None:
+        """Undo the handler's transaction; see Store."""
+        if unit.transaction is not None:
+            unit.transaction = None
+            self._connection().execute("ROLLBACK")
+            self._forget(unit)
+            self._lock.release()
+
+    def _forget(self, unit: Unit) -> None:
+        for delivery in unit.deliveries:
+            self._inbox[delivery.subscription.label].discard(_inbox_id(delivery))
+
+    # --- suspects ---
+
+    async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Count one more try for each; see Store."""
+        counts = []
+        for delivery in deliveries:
+            key = _attempt_id(delivery)
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            counts.append(self._attempts[key])
+        return counts
+
+    # --- parked messages and dead letters ---
+
+    def _set_aside(self, unit: Unit, delivery: Delivery) -> None:
+        outcome = unit.outcome
+        if isinstance(outcome, RetryLater):
+            self._park(delivery, self._clock.now() + outcome.after_s)
+        elif isinstance(outcome, DeadLetter):
+            message = delivery.message
+            number = next(self._numbers)
+            held = outcome.holds and delivery.partition >= 0 and delivery.key is not None
+            row = DeadLetterRow(
+                number, delivery.subscription.label, delivery.subscription.channel.name,
+                "" if message is None else message.id, "" if message is None else message.type, delivery.key,
+                outcome.code, outcome.reason, outcome.detail, delivery.attempt, self._clock.now(), held, 0,
+                _event(delivery),
+            )  # fmt: skip
+            self._dead[number] = (row, delivery)
+
+    def _park(self, delivery: Delivery, due: float) -> None:
+        number = next(self._numbers)
+        copy = Delivery(
+            delivery.subscription, delivery.message, delivery.raw, delivery.key, delivery.position, delivery.partition,
+            delivery.attempt, number,
+        )  # fmt: skip
+        self._parked[delivery.subscription.label][number] = _Parked(number, copy, due)
+
+    async def load_parked(
+        self, subscription: Subscription, owns: Callable[[int], bool], into: Callable[[dict[str, int]], None]
+    ) -> None:
+        """Tell which keys are parked or held; see Store."""
+        keys: dict[str, int] = {}
+        parked = (item.delivery for item in self._parked[subscription.label].values())
+        held = (d for row, d in self._dead.values() if row.holds and d.subscription.label == subscription.label)
+        for delivery in (*parked, *held):
+            if delivery.key is not None and delivery.partition >= 0 and owns(delivery.partition):
+                keys[delivery.key] = keys.get(delivery.key, 0) + 1
+        into(keys)
+
+    async def parked_due(
+        self, subscription: Subscription, owns: Callable[[int], bool], now: float, limit: int, running: set[str]
+    ) -> tuple[list[Delivery], float | None]:
+        """Return what may run now; see Store."""
+        label = subscription.label
+        held = {row.key for row, _ in self._dead.values() if row.holds and row.subscription == label}
+        heads: dict[Any, _Parked] = {}
+        for item in self._parked[label].values():
+            delivery = item.delivery
+            if delivery.partition < 0 or delivery.key is None:
+                if not item.taken:
+                    heads[item.number] = item
+                continue
+            if delivery.key in held or delivery.key in running:
+                continue
+            first = heads.get(delivery.key)
+            if first is None or (delivery.position, item.number) < (first.delivery.position, first.number):
+                heads[delivery.key] = item
+        ready = sorted((item for item in heads.values() if item.due <= now), key=lambda item: item.due)[:limit]
+        for item in ready:
+            item.taken = True
+        waiting = [item.due for item in heads.values() if item not in ready]
+        return [item.delivery for item in ready], min(waiting, default=None)
+
+    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+        """Return dead letters; see Store."""
+        found = []
+        for row, _ in self._dead.values():
+            label = row.subscription
+            if subscription is None or label == subscription or label.partition("@")[0] == subscription:
+                parked = self._parked[row.subscription].values()
+                behind = sum(1 for item in parked if row.holds and item.delivery.key == row.key)
+                found.append(msgspec.structs.replace(row, waiting=behind))
+        return found[:limit]
+
+    async def redrive(self, number: int, raw: bytes | None = None) -> None:
+        """Give a dead letter back; see Store."""
+        delivery = self._take_dead_letter(number)
+        delivery.attempt = 0
+        if raw is not None:
+            delivery.raw, delivery.message = raw, None
+        self._park(delivery, 0.0)
+        self._notify()
+
+    async def edit_dead_letter(self, number: int, raw: bytes) -> None:
+        """Replace the envelope of a dead letter; see Store."""
+        message = unpack(raw)
+        row, delivery = self._find_dead_letter(number)
+        delivery.raw, delivery.message = raw, None
+        self._dead[number] = (
+            msgspec.structs.replace(row, message_id=message.id, message_type=message.type, raw=raw), delivery,
+        )  # fmt: skip
+
+    async def discard_dead_letter(self, number: int) -> None:
+        """Remove a dead letter; see Store."""
+        self._take_dead_letter(number)
+        self._notify()
+
+    def _find_dead_letter(self, number: int) -> tuple[DeadLetterRow, Delivery]:
+        found = self._dead.get(number)
+        if found is None:
+            raise DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
+        return found
+
+    def _take_dead_letter(self, number: int) -> Delivery:
+        delivery = self._find_dead_letter(number)[1]
+        del self._dead[number]
+        return delivery
+
+    # --- outbox ---
+
+    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
+        """Take what is to be sent now; see Store."""
+        rows = []
+        while self._outbox and self._outbox[0][0] <= now and len(rows) < limit:
+            item = heappop(self._outbox)
+            self._sending[item[1]] = item
+            rows.append(OutboxRow(item[1], item[2].channel.name, item[2].message))
+        return rows, self._outbox[0][0] if self._outbox else None
+
+    async def outbox_sent(self, rows: Sequence[int]) -> None:
+        """Forget what was sent; see Store."""
+        for number in rows:
+            del self._sending[number]
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """See Store."""
+        self._callbacks.append(callback)
+
+    def _notify(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+
+class MemoryTransaction:
+    """The handler's open transaction on tables in memory."""
+
+    def __init__(self, connection: apsw.Connection) -> None:
+        self._connection = connection
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement; return the number of rows it changed."""
+        before = self._connection.total_changes()
+        self._connection.execute(sql, parameters)
+        return self._connection.total_changes() - before
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one query; return its rows."""
+        return self._connection.execute(sql, parameters).fetchall()
+
+    def connection(self) -> Connection:
+        """Return a DB-API 2.0 connection on this transaction."""
+        return Connection(self._connection)
+
+
+def _inbox_id(delivery: Delivery) -> str:
+    message = delivery.message
+    if message is None:
+        return ""  # unreadable: never acknowledged as handled
+    identity = message.id if len(message.id) == 36 else message.identity  # noqa: PLR2004
+    return identity if message.tenantid is None else f"{message.tenantid}\n{identity}"
+
+
+def _attempt_id(delivery: Delivery) -> tuple[str, int, int]:
+    return delivery.subscription.label, delivery.position, delivery.row
+
+
+def _event(delivery: Delivery) -> bytes:
+    if delivery.raw is not None:
+        return delivery.raw
+    assert delivery.message is not None  # noqa: S101 - one of the two is always there
+    return pack(delivery.message)

@@ -1,0 +1,171 @@
+"""Queue, Topic and Stream in the memory of one process, for tests.
+
+Invariant: the same order, redelivery and sharing rules as the embedded engine, without a disk.
+Never does: survive the process. Read next: transport.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from zlib import crc32
+
+from trunkline.channel import Channel, Queue, Stream
+from trunkline.clock import Clock
+from trunkline.errors import ConfigurationError
+from trunkline.transport import LIVE, Address, Backlog, Capabilities, Delivery, Staged, Subscription
+
+
+class MemoryTransport:
+    """Channels of one App."""
+
+    capabilities = Capabilities(
+        durable=False,
+        processes=False,
+        priority=True,
+        ordered_streams=True,
+        description="memory of one process; everything is gone when it ends",
+    )
+
+    def __init__(self, address: Address, clock: Clock) -> None:
+        if address.path or address.options:
+            raise ConfigurationError("E206", f"{address.shown} says more than memory: can use", "write memory:")
+        self._clock = clock
+        self._readers: dict[str, _Reader] = {}
+        self._routes: dict[str, list[_Reader]] = {}
+        self._position = 0
+
+    async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
+        """Make the buffers; see Transport."""
+        for channel in channels:
+            self._routes.setdefault(channel.name, [])
+        for subscription in subscriptions:
+            channel = subscription.channel
+            priority = isinstance(channel, Queue) and channel.priority
+            reader = self._readers[subscription.label] = (_PriorityReader if priority else _Reader)(subscription)
+            self._routes.setdefault(channel.name, []).append(reader)
+
+    def place(self, batch: Sequence[Staged]) -> None:
+        """Put messages into the buffers of those who read their channels."""
+        for staged in batch:
+            channel, message = staged.channel, staged.message
+            position = self._position = self._position + 1
+            key = message.partitionkey
+            partition = -1
+            if isinstance(channel, Stream):
+                partition = crc32((key or message.id).encode()) % channel.partitions
+            readers = self._routes.get(channel.name)
+            if readers:
+                for reader in readers:
+                    reader.add(Delivery(reader.subscription, message, None, key, position, partition))
+
+    async def send(self, batch: Sequence[Staged]) -> None:
+        """Put `batch` into the buffers; see Transport."""
+        self.place(batch)
+
+    async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        """Return what is there; see Transport."""
+        return await self._readers[subscription.label].receive(limit)
+
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Forget `deliveries`; see Transport."""
+        self.forget(deliveries)
+
+    def forget(self, deliveries: Sequence[Delivery]) -> None:
+        """Count `deliveries` as settled."""
+        for delivery in deliveries:
+            if delivery.row == LIVE:
+                self._readers[delivery.subscription.label].under_way -= 1
+
+    def owns(self, subscription: Subscription, partition: int) -> bool:
+        """Return True: there is one process."""
+        return subscription.label in self._readers and partition >= 0
+
+    def assignment(self, subscription: Subscription) -> int:
+        """Return a constant: there is one process."""
+        return 0 if subscription.label in self._readers else -1
+
+    async def backlog(self, subscription: Subscription) -> Backlog:
+        """Count what waits; see Transport."""
+        reader = self._readers[subscription.label]
+        return Backlog(reader.waiting() + reader.under_way, reader.under_way)
+
+    async def drain(self) -> None:
+        """Stop handing out; see Transport."""
+        for reader in self._readers.values():
+            reader.draining = True
+
+    async def stop(self) -> None:
+        """Forget everything."""
+        self._readers.clear()
+        self._routes.clear()
+
+
+class _Reader:
+    """Messages of one subscription, oldest first."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self.subscription = subscription
+        self.under_way = 0
+        self.draining = False
+        self._buffer: deque[Delivery] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, delivery: Delivery) -> None:
+        """Append one message."""
+        self._buffer.append(delivery)
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return len(self._buffer)
+
+    def take(self, limit: int) -> list[Delivery]:
+        """Remove the next messages."""
+        buffer = self._buffer
+        if len(buffer) <= limit:
+            taken = list(buffer)
+            buffer.clear()
+            return taken
+        return [buffer.popleft() for _ in range(limit)]
+
+    async def receive(self, limit: int) -> list[Delivery]:
+        """Return 1 to `limit` messages."""
+        while self.draining or not self.waiting():
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            await waiter
+        taken = self.take(limit)
+        self.under_way += len(taken)
+        return taken
+
+
+class _PriorityReader(_Reader):
+    """Messages of one Queue, the most urgent first."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        super().__init__(subscription)
+        self._heap: list[tuple[int, int, Delivery]] = []
+
+    def add(self, delivery: Delivery) -> None:
+        """Insert one message by its priority."""
+        assert delivery.message is not None  # noqa: S101 - placed with its message
+        heappush(self._heap, (-min(max(delivery.message.priority, 0), 9), delivery.position, delivery))
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def waiting(self) -> int:
+        """Return how many wait."""
+        return len(self._heap)
+
+    def take(self, limit: int) -> list[Delivery]:
+        """Remove the most urgent messages."""
+        return [heappop(self._heap)[2] for _ in range(min(limit, len(self._heap)))]
