@@ -13,6 +13,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,7 +27,7 @@ from trunkline.hooks import Hooks
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
 from trunkline.service import Service, System
-from trunkline.store import Store, Unit
+from trunkline.store import INBOX_WINDOW_S, Store, Unit, resolve
 from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
 
 log = logging.getLogger("trunkline.app")
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 GRACE_S = 30.0
 """How long a stop waits for handlers to finish."""
-INBOX_WINDOW_S = 7 * 24 * 3600.0
+TIDY_S = 60.0
 
 
 class App:
@@ -70,6 +71,7 @@ class App:
         self._consumers: list[Consumer] = []
         self._backgrounds: list[asyncio.Task[None]] = []
         self._relay: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
@@ -109,7 +111,10 @@ class App:
             raise
 
     async def _open(
-        self, plans: list[tuple[Service, Subscription, list[Handler]]], channels: dict[str, Channel], shared: bool  # noqa: FBT001
+        self,
+        plans: list[tuple[Service, Subscription, list[Handler]]],
+        channels: dict[str, Channel],
+        shared: bool,  # noqa: FBT001
     ) -> None:
         engine = getattr(self.store, "engine", None)
         if engine is not None:
@@ -123,6 +128,8 @@ class App:
         relay = Relay(self.store, self.transport, channels, self.clock)
         self._relay = asyncio.create_task(relay.work())
         self._relay.add_done_callback(self._task_ended)
+        self._tidying = asyncio.create_task(self._tidy())
+        self._tidying.add_done_callback(self._task_ended)
         for service in self.system.services:
             for background in service.backgrounds:
                 task = asyncio.create_task(self._background(background, self._running[service.name]))
@@ -130,7 +137,13 @@ class App:
                 self._backgrounds.append(task)
 
     def _consumer(
-        self, service: Service, subscription: Subscription, handlers: list[Handler], *, shared: bool, alone: asyncio.Lock
+        self,
+        service: Service,
+        subscription: Subscription,
+        handlers: list[Handler],
+        *,
+        shared: bool,
+        alone: asyncio.Lock,
     ) -> Consumer:
         options = handlers[0].options
         parking = Parking(
@@ -139,7 +152,7 @@ class App:
             transport=self.transport,
             clock=self.clock,
             hooks=self.hooks,
-            run=lambda deliveries: consumer.run_parked(deliveries),
+            run=lambda deliveries: consumer.run_parked(deliveries),  # noqa: PLW0108 - made below
             limit=options.parked_limit,
         )
         consumer = Consumer(
@@ -155,7 +168,7 @@ class App:
             failed=self._fail,
         )
         self.store.on_change(parking.notify)
-        routes, every = compile_routes(handlers, self._running[service.name].resources)
+        routes, every = compile_routes(handlers, self._running[service.name].resources, self.clock)
         consumer.start(
             Deliverer(
                 subscription,
@@ -182,10 +195,11 @@ class App:
         for consumer in self._consumers:
             await consumer.stop()
         self._consumers.clear()
-        if self._relay is not None:
-            self._relay.cancel()
-            await asyncio.gather(self._relay, return_exceptions=True)
-            self._relay = None
+        for worker in (self._relay, self._tidying):
+            if worker is not None:
+                worker.cancel()
+                await asyncio.gather(worker, return_exceptions=True)
+        self._relay = self._tidying = None
         await self._resources.aclose()
         await self.store.stop()
         await self.transport.stop()
@@ -239,20 +253,32 @@ class App:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 
+    async def _tidy(self) -> None:
+        """Let the store and the transport forget what nobody needs any more."""
+        while True:
+            await self.clock.sleep(TIDY_S)
+            try:
+                await self.store.tidy()
+                await self.transport.tidy()
+            except TransportError as error:
+                log.warning("tidying failed, trying again in %.0f s: %s", TIDY_S, error)
+
     async def _background(self, function: Callable[[Running], Any], running: Running) -> None:
         await function(running)
 
     # --- publishing from outside handlers ---
 
-    async def publish(self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any) -> str:
+    async def publish(
+        self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any
+    ) -> str:
         """Publish one message; it is confirmed when this returns.
 
         Returns: the message's id.
         Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused.
         """
-        channel, message = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
-        await self.transport.send((Staged(to or channel, message),))
-        return message.id
+        staged = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
+        await self.transport.send((staged,))
+        return staged.message.id
 
     async def publish_all(self, payloads: Sequence[Any]) -> list[str]:
         """Publish messages in order, as one batch; all are confirmed when this returns.
@@ -260,8 +286,8 @@ class App:
         Raises: as `publish`.
         """
         made = [make_message(payload, self.clock, self.system.name, None, None, None, {}) for payload in payloads]
-        await self.transport.send([Staged(channel, message) for channel, message in made])
-        return [message.id for _, message in made]
+        await self.transport.send(made)
+        return [staged.message.id for staged in made]
 
     async def send(self, payload: Any, **options: Any) -> str:
         """Send a command; like `publish`, for Queues."""
@@ -270,14 +296,14 @@ class App:
     async def schedule(self, payload: Any, at: datetime | timedelta, **attributes: Any) -> str:
         """Store a message that is published at a time, or so long from now; it is stored when this returns."""
         due = due_time(at, self.clock.now())
-        channel, message = make_message(payload, self.clock, self.system.name, None, None, None, attributes)
-        await self.commit([Staged(channel, message, due)])
-        return message.id
+        staged = make_message(payload, self.clock, self.system.name, None, None, None, attributes)
+        await self.commit([Staged(staged.channel, staged.message, due)])
+        return staged.message.id
 
     async def commit(self, staged: Sequence[Staged]) -> None:
         """Commit staged messages through the store."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        unit = Unit((), lambda _unit, error: _resolve(future, error))
+        unit = Unit((), partial(resolve, future))
         unit.staged = tuple(staged)
         self.store.submit(unit)
         await future
@@ -302,7 +328,8 @@ class App:
                 if isinstance(channel, Queue) and channel.priority and not capabilities.priority:
                     raise DefinitionError(
                         "E116",
-                        f"queue {channel.name!r} asks for priority, which {self.transport_url.split(':')[0]} cannot keep",
+                        f"queue {channel.name!r} asks for priority,"
+                        f" which {parse_address(self.transport_url).shown} cannot keep",
                         "use another transport or declare the queue without priority",
                     )
                 if handler.options.retry.longest_s >= INBOX_WINDOW_S:
@@ -323,7 +350,8 @@ class App:
             except Exception as error:
                 raise ConfigurationError(
                     "E208",
-                    f"{service.name}: {getattr(cls, '__name__', cls)} could not be opened: {type(error).__name__}: {error}",
+                    f"{service.name}: {getattr(cls, '__name__', cls)} could not be opened:"
+                    f" {type(error).__name__}: {error}",
                     "see the cause above",
                 ) from error
         return opened
@@ -362,7 +390,7 @@ class Running:
         Raises: TransportError if the commit was refused.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        unit = Unit((), lambda _unit, error: _resolve(future, error), self.service.name)
+        unit = Unit((), partial(resolve, future), self.service.name)
         context = Context(
             unit=unit,
             store=self.app.store,
@@ -380,15 +408,6 @@ class Running:
             raise
         self.app.store.submit(unit)
         await future
-
-
-def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return  # whoever waited was cancelled
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
 
 
 def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:

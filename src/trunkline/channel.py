@@ -74,9 +74,7 @@ class MessageType:
             try:
                 plain = upcast(plain)
             except Exception as error:
-                raise DecodeError(
-                    "E414", f"upcasting {self.name} from version {version} failed: {error!r}"
-                ) from error
+                raise DecodeError("E414", f"upcasting {self.name} from version {version} failed: {error!r}") from error
         return decode_payload(self._decode, msgspec.json.encode(plain), self.name)
 
     def __repr__(self) -> str:
@@ -171,7 +169,12 @@ class _EventChannel(Channel):
     def event(self, cls: C, /) -> C: ...
     @overload
     def event(
-        self, *, type: str | None = None, version: int = 1, key: str | None = None  # noqa: A002
+        self,
+        /,
+        *,
+        type: str | None = None,
+        version: int = 1,
+        key: str | None = None,
     ) -> Callable[[C], C]: ...
     def event(
         self,
@@ -214,7 +217,12 @@ class Queue(Channel):
     def command(self, cls: C, /) -> C: ...
     @overload
     def command(
-        self, *, type: str | None = None, version: int = 1, key: str | None = None  # noqa: A002
+        self,
+        /,
+        *,
+        type: str | None = None,
+        version: int = 1,
+        key: str | None = None,
     ) -> Callable[[C], C]: ...
     def command(
         self,

@@ -99,7 +99,7 @@ class ManualClock(Clock):
             await asyncio.sleep(0)
             return
         woken = asyncio.get_running_loop().create_future()
-        self.call_later(seconds, lambda: woken.done() or woken.set_result(None))
+        self.call_later(seconds, _end, woken)
         await woken
 
     def call_later(self, seconds: float, callback: Callable[..., object], *args: Any) -> Any:
@@ -126,6 +126,11 @@ class ManualClock(Clock):
     async def _settle() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
+
+
+def _end(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _ManualTimer:

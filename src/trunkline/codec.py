@@ -44,7 +44,7 @@ def compile_codec(cls: type) -> tuple[Encode, Decode]:
             "use a Struct, dataclass, attrs class, TypedDict or pydantic model",
         )
     try:
-        decoder = msgspec.json.Decoder(cls)
+        decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(cls)
     except TypeError as error:
         raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
     return encode_json, decoder.decode
@@ -63,9 +63,7 @@ def check_limits(data: bytes) -> None:
     Raises: DecodeError E410 (size) or E411 (depth).
     """
     if len(data) > MAX_PAYLOAD_BYTES:
-        raise DecodeError(
-            "E410", f"payload of {len(data)} bytes", f"at most {MAX_PAYLOAD_BYTES} are read"
-        )
+        raise DecodeError("E410", f"payload of {len(data)} bytes", f"at most {MAX_PAYLOAD_BYTES} are read")
     if _depth(data) > MAX_DEPTH:
         raise DecodeError("E411", "payload is nested too deeply", f"at most {MAX_DEPTH} levels are read")
 

@@ -85,16 +85,16 @@ def read_file(path: Path) -> dict[str, str]:
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError("E221", f"{path} is not TOML: {error}", 'such as: transport = "sqlite:///shop.db"') from error
+        raise ConfigurationError(
+            "E221", f"{path} is not TOML: {error}", 'such as: transport = "sqlite:///shop.db"'
+        ) from error
     for key, value in found.items():
         if key not in KEYS:
             close = difflib.get_close_matches(key, KEYS, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ConfigurationError("E222", f"{path}: unknown key {key!r}", f"{hint}keys are: {', '.join(KEYS)}")
         if not isinstance(value, str) or not value:
-            raise ConfigurationError(
-                "E223", f"{path}: {key} is {value!r}", f"text is needed, such as {_EXAMPLES[key]}"
-            )
+            raise ConfigurationError("E223", f"{path}: {key} is {value!r}", f"text is needed, such as {_EXAMPLES[key]}")
     return found
 
 

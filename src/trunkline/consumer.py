@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from trunkline.clock import Clock
 from trunkline.delivery import MAX_CRASHES, Deliverer
@@ -84,8 +85,8 @@ class Consumer:
         if self._batch:
             self._spawn(self._run_batches())
 
-    def _spawn(self, coroutine: object) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         task.add_done_callback(self._ended)
         self._tasks.append(task)
 
@@ -133,21 +134,28 @@ class Consumer:
 
     async def _admit(self, batch: list[Delivery]) -> None:
         """Read envelopes, acknowledge what was handled before, treat suspects, hand the rest to the lanes."""
-        for delivery in batch:
+        seen_before = [delivery for delivery in batch if not delivery.fresh]
+        if seen_before:
+            batch = self._without_known(batch, seen_before)
+            if any(delivery.suspect for delivery in batch):
+                batch = await self._admit_suspects(batch)
+        self._run(batch)
+
+    def _without_known(self, batch: list[Delivery], candidates: list[Delivery]) -> list[Delivery]:
+        """Acknowledge those of `candidates` that were handled before; return the rest of `batch`."""
+        for delivery in candidates:
             if delivery.message is None:
                 self._read_envelope(delivery)
-        known = self._store.known(self.subscription, batch)
-        if known:
-            rest = []
-            for delivery in batch:
-                if delivery.message is not None and delivery.message.identity in known:
-                    self._acknowledge(delivery)
-                else:
-                    rest.append(delivery)
-            batch = rest
-        if any(delivery.suspect for delivery in batch):
-            batch = await self._admit_suspects(batch)
-        self._run(batch)
+        known = self._store.known(self.subscription, candidates)
+        if not known:
+            return batch
+        rest = []
+        for delivery in batch:
+            if delivery.message is not None and delivery.message.identity in known:
+                self._acknowledge(delivery)
+            else:
+                rest.append(delivery)
+        return rest
 
     def _read_envelope(self, delivery: Delivery) -> None:
         try:
@@ -199,18 +207,8 @@ class Consumer:
 
     def run_parked(self, deliveries: list[Delivery]) -> None:
         """Run parked messages that are due."""
-        for delivery in deliveries:
-            if delivery.message is None:
-                self._read_envelope(delivery)
         self._under_way += len(deliveries)
-        known = self._store.known(self.subscription, deliveries)
-        fresh = []
-        for delivery in deliveries:
-            if delivery.message is not None and delivery.message.identity in known:
-                self._acknowledge(delivery)
-            else:
-                fresh.append(delivery)
-        self._run(fresh)
+        self._run(self._without_known(deliveries, deliveries))
 
     async def _run_batches(self) -> None:
         options = self._options.batch
@@ -268,7 +266,9 @@ class Consumer:
     def _retry_unit(self, unit: Unit, error: BaseException) -> None:
         for delivery in unit.deliveries:
             delivery.attempt += 1
-            verdict = self._options.retry.verdict(error, delivery.attempt + self._options.retry.immediate, self._clock.random())
+            verdict = self._options.retry.verdict(
+                error, delivery.attempt + self._options.retry.immediate, self._clock.random()
+            )
             self.deliverer.settle(Unit((delivery,), self.settled, unit.owner), verdict)
 
     def _do_again(self) -> None:

@@ -122,7 +122,12 @@ class Cursor:
         before = self._connection.total_changes()
         cursor = self._connection.cursor()
         columns: list[str] = []
-        cursor.exec_trace = lambda c, _sql, _bindings: bool(columns.extend(n for n, _ in c.get_description()) or True)
+
+        def note_columns(started: apsw.Cursor, _sql: str, _bindings: Any) -> bool:
+            columns.extend(name for name, _ in started.get_description())
+            return True
+
+        cursor.exec_trace = note_columns
         try:
             rows = list(call(cursor))
         except apsw.ConstraintError as error:

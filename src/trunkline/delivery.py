@@ -23,8 +23,9 @@ from trunkline.message import Message, unpack
 from trunkline.outcome import ACK, PASSED, Ack, DeadLetter, Discard, Outcome, RetryLater, RetryNow
 from trunkline.parking import BEHIND, Parking
 from trunkline.policies.retry import Retry, describe
+from trunkline.policies.timeout import Deadlines
 from trunkline.store import DuplicateSignal, Store, Unit
-from trunkline.transport import LIVE, Delivery, Staged, Subscription
+from trunkline.transport import LIVE, Delivery, Subscription
 
 log = logging.getLogger("trunkline.delivery")
 
@@ -40,12 +41,15 @@ class Route:
     Attributes:
         decode: envelope → what the handler takes.
         call: starts the handler.
+        plain: the handler itself, if it takes nothing but the message.
     """
 
-    __slots__ = ("allowed", "call", "decode", "handler", "is_async", "name", "needs_context", "retry", "timeout_s")
+    __slots__ = (
+        "allowed", "call", "deadlines", "decode", "handler", "is_async", "name", "needs_context", "plain", "retry",
+    )  # fmt: skip
 
     def __init__(
-        self, handler: Handler, decode: Callable[[Message], Any], resources: Mapping[Any, Any]
+        self, handler: Handler, decode: Callable[[Message], Any], resources: Mapping[Any, Any], clock: Clock
     ) -> None:
         self.handler = handler
         self.name = handler.name
@@ -54,11 +58,12 @@ class Route:
         self.needs_context = handler.context is not None
         self.allowed = frozenset(handler.gives)
         self.retry: Retry = handler.options.retry
-        self.timeout_s = handler.options.timeout_s
+        self.deadlines = Deadlines(handler.options.timeout_s, clock)
+        self.plain = None if self.needs_context or handler.resources else handler.function
         self.call: Call = _compile_call(handler, resources)
 
 
-class Undone(TransportError):
+class UndoneError(TransportError):
     """The commit before this one failed, so this unit is to be done again."""
 
     def __init__(self) -> None:
@@ -74,8 +79,8 @@ class _Raised:
         self._error = error
 
     def __await__(self) -> Generator[Any, Any, Any]:
+        yield from ()
         raise self._error
-        yield
 
 
 class Deliverer:
@@ -116,18 +121,21 @@ class Deliverer:
         self.epoch = 0
         self.stopping = False
 
-    def deliver(self, delivery: Delivery) -> Coroutine[Any, Any, None] | None:
+    def deliver(  # noqa: C901, PLR0911 - the story in one place, and the hot path
+        self, delivery: Delivery
+    ) -> Coroutine[Any, Any, None] | None:
         """Take one delivery to its settlement; what cannot be finished at once is returned, to be awaited.
 
         A handler that never suspends is finished here, without a task.
         """
         unit = Unit((delivery,), self._settled)
         message = delivery.message
-        outcome = self._known_outcome(delivery) if message is None or self._parked else self._expired(message)
-        if outcome is not None:
-            self.settle(unit, outcome)
-            return None
-        message = delivery.message
+        if message is None or self._parked or message.expirytime is not None:
+            outcome = self._known_outcome(delivery)
+            if outcome is not None:
+                self.settle(unit, outcome)
+                return None
+            message = delivery.message
         route = self._routes.get(message.type, self._every)  # type: ignore[union-attr]
         if route is None:
             self.settle(unit, self._unknown(message))  # type: ignore[arg-type]
@@ -137,8 +145,10 @@ class Deliverer:
             return self._handle(route, unit, delivery, None)
         try:
             payload = route.decode(message)  # type: ignore[arg-type]
-            context = self._context(route, unit, delivery) if route.needs_context else None
-            coroutine = route.call(payload, context)
+            if route.plain is not None:
+                coroutine = route.plain(payload)
+            else:
+                coroutine = route.call(payload, self._context(route, unit, delivery) if route.needs_context else None)
             waited_for = coroutine.send(None)
         except StopIteration as stop:
             value = stop.value
@@ -154,11 +164,6 @@ class Deliverer:
         self.settle(unit, ACK)
         return None
 
-    def _expired(self, message: Message) -> Outcome | None:
-        if message.expirytime is not None and message.expirytime < self._clock.now():
-            return Discard("expired")
-        return None
-
     def _known_outcome(self, delivery: Delivery) -> Outcome | None:
         """Return the outcome of what is not to be run: unreadable, expired, or behind a parked message."""
         message = delivery.message
@@ -169,7 +174,9 @@ class Deliverer:
                 return DeadLetter("E400", f"not an envelope: {describe(error)}")
         if delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0:
             return BEHIND
-        return self._expired(message)
+        if message.expirytime is not None and message.expirytime < self._clock.now():
+            return Discard("expired")
+        return None
 
     def _unknown(self, message: Message) -> Outcome:
         if not self._strict:
@@ -177,9 +184,7 @@ class Deliverer:
         known = ", ".join(sorted(self._routes)) or "nothing"
         return DeadLetter("E415", f"no handler for type {message.type[:120]!r} on this queue (have: {known})")
 
-    async def _handle(
-        self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None
-    ) -> None:
+    async def _handle(self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None) -> None:
         """See a delivery through to its outcome; immediate retries happen here.
 
         Args:
@@ -216,7 +221,7 @@ class Deliverer:
         else:
             # An earlier message of this subscription was undone meanwhile: this one comes after it again.
             await self._undo(unit)
-            self._settled(unit, Undone())
+            self._settled(unit, UndoneError())
 
     async def _run(self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None) -> Any:
         """Call the handler, or go on with its first try, within its time."""
@@ -224,18 +229,26 @@ class Deliverer:
             payload = route.decode(delivery.message)  # type: ignore[arg-type]
             context = self._context(route, unit, delivery) if route.needs_context else None
             started = route.call(payload, context) if route.is_async else offload(route.call, payload, context)
-        if isinstance(started, _Raised):
-            return await started
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - lanes run deliveries in tasks
+        route.deadlines.enter(task)
         try:
-            async with asyncio.timeout(route.timeout_s):
-                return await started
+            value = await started
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.stopping or task is None:
+            if route.deadlines.leave(task):
+                task.uncancel()
+                raise TimeoutError(f"no end after {route.deadlines.timeout_s} s") from None
+            if self.stopping:
                 raise
             # The handler cancelled itself or was cancelled by a library: a failure like any other.
             task.uncancel()
             raise RuntimeError("the handler was cancelled") from None
+        except BaseException:
+            route.deadlines.leave(task)
+            raise
+        if route.deadlines.leave(task):
+            task.uncancel()  # it ended in the same moment as its time
+        return value
 
     def _context(self, route: Route, unit: Unit, delivery: Delivery) -> Context:
         return Context(
@@ -257,8 +270,7 @@ class Deliverer:
                     f"{route.name} returned {type(payload).__name__}, which its annotation does not say",
                     "add it to the return annotation",
                 )
-            channel, envelope = make_message(payload, self._clock, self._source, None, None, message, {})
-            unit.stage(Staged(channel, envelope))
+            unit.stage(make_message(payload, self._clock, self._source, None, None, message, {}))
 
     async def _undo(self, unit: Unit) -> None:
         unit.staged = ()
@@ -269,11 +281,11 @@ class Deliverer:
         """Act on an outcome: the only place that does. The store commits it with the next group."""
         unit.outcome = outcome
         for delivery in unit.deliveries:
+            if outcome is ACK and delivery.row == LIVE:
+                continue  # the usual case: nothing to note
             match outcome:
                 case Ack():
-                    if delivery.row != LIVE:
-                        self._parking.settled(delivery, outcome)
-                    continue
+                    pass
                 case RetryLater():
                     if outcome is not BEHIND:
                         self._emit("parked", delivery, f"{outcome.reason}; again in {outcome.after_s:.1f} s")
@@ -376,18 +388,18 @@ class Deliverer:
 
 
 def compile_routes(
-    handlers: Sequence[Handler], resources: Mapping[Any, Any]
+    handlers: Sequence[Handler], resources: Mapping[Any, Any], clock: Clock
 ) -> tuple[dict[str, Route], Route | None]:
     """Return (type name → Route, Route for everything else) of one subscription's handlers."""
     routes: dict[str, Route] = {}
     every: Route | None = None
     for handler in handlers:
         if handler.raw:
-            every = Route(handler, _as_list(_identity) if handler.batch else _identity, resources)
+            every = Route(handler, _as_list(_identity) if handler.batch else _identity, resources, clock)
             continue
         for declared in handler.types:
             decode = declared.decode
-            routes[declared.name] = Route(handler, _as_list(decode) if handler.batch else decode, resources)
+            routes[declared.name] = Route(handler, _as_list(decode) if handler.batch else decode, resources, clock)
     return routes, every
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,14 +143,14 @@ class Engine:
     def _prepare(self) -> None:
         writer = self._writer
         writer.set_busy_timeout(10_000)
-        mode = writer.execute("PRAGMA journal_mode=WAL").fetchall()[0][0]
+        mode = query(writer, "PRAGMA journal_mode=WAL")[0][0]
         if mode != "wal":
             raise ConfigurationError(
                 "E204", f"{self.path} cannot use write-ahead logging (mode {mode!r})", "use a local file system"
             )
         writer.execute("PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=4000; PRAGMA foreign_keys=ON")
         writer.execute("BEGIN IMMEDIATE")
-        (version,) = writer.execute("PRAGMA user_version").fetchall()[0]
+        (version,) = query(writer, "PRAGMA user_version")[0]
         if version not in (0, SCHEMA_VERSION):
             writer.execute("ROLLBACK")
             raise ConfigurationError(
@@ -310,13 +311,13 @@ class Engine:
         self._phase = "open"
         self._opened_at = self.clock.monotonic()
         try:
-            if self.process and not self._writer.execute(
-                "SELECT 1 FROM trunkline_process WHERE id = ?", (self.process,)
-            ).fetchall():
+            if self.process and not query(
+                self._writer, "SELECT 1 FROM trunkline_process WHERE id = ?", (self.process,)
+            ):
                 self._writer.execute("ROLLBACK")
                 self._fail(LeaseLostError("E505", f"process {self.process} was taken over", "restart it"))
                 return False
-            (version,) = self._writer.execute("PRAGMA data_version").fetchall()[0]
+            (version,) = query(self._writer, "PRAGMA data_version")[0]
         except apsw.Error as error:
             self._fail_group(error)
             return False
@@ -446,7 +447,9 @@ class Engine:
             try:
                 self._writer.execute("ROLLBACK")
             except apsw.Error as rollback_error:
-                failure = FatalStoreError("E503", f"{self.path} cannot roll back: {rollback_error}", "stop and check the disk")
+                failure = FatalStoreError(
+                    "E503", f"{self.path} cannot roll back: {rollback_error}", "stop and check the disk"
+                )
             self._phase = "idle"
         if isinstance(failure, FatalStoreError):
             self._fail(failure)
@@ -485,9 +488,7 @@ class Engine:
         pid = ProcessLock.pid()
 
         def register(connection: apsw.Connection) -> int:
-            connection.execute(
-                "INSERT INTO trunkline_process (pid, started, beat) VALUES (?, ?, ?)", (pid, now, now)
-            )
+            connection.execute("INSERT INTO trunkline_process (pid, started, beat) VALUES (?, ?, ?)", (pid, now, now))
             number = connection.last_insert_rowid()
             # Taken before the commit: no other process can see the row and find it unlocked.
             self._lock.take(number)
@@ -498,7 +499,7 @@ class Engine:
     async def sweep(self) -> None:
         """Take over from processes that died; called at start and about once a second."""
         now = self.clock.now()
-        rows = self.reader.execute("SELECT id, beat FROM trunkline_process").fetchall()
+        rows = query(self.reader, "SELECT id, beat FROM trunkline_process")
         dead = [number for number, beat in rows if self._is_dead(number, beat, now)]
         if not dead:
             return
@@ -546,7 +547,7 @@ class Engine:
             if self._phase != "idle":
                 wait_s = POLL_MIN_S
                 continue
-            (version,) = self._writer.execute("PRAGMA data_version").fetchall()[0]
+            (version,) = query(self._writer, "PRAGMA data_version")[0]
             if version == self._data_version:
                 wait_s = min(wait_s * 1.3, POLL_MAX_S)
                 continue
@@ -563,11 +564,18 @@ def _translate(error: BaseException, path: str) -> TransportError:
         return StoreFullError("E502", f"no room left for {path}", "free disk space; nothing of this was stored")
     if isinstance(error, apsw.IOError | apsw.CorruptError | apsw.NotADBError):
         return FatalStoreError(
-            "E503", f"the disk failed under {path}: {error}", "what was confirmed is kept; stop, check the disk, restart"
+            "E503",
+            f"the disk failed under {path}: {error}",
+            "what was confirmed is kept; stop, check the disk, restart",
         )
     if isinstance(error, apsw.BusyError):
         return TransportError("E504", f"{path} was locked by another process for over {LOCK_WAIT_S:.0f} s", "find it")
     return TransportError("E506", f"{path} refused a statement: {error}")
+
+
+def query(connection: apsw.Connection, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+    """Return the rows of a query."""
+    return connection.execute(sql, parameters).fetchall()
 
 
 _engines: dict[tuple[int, str], Engine] = {}
@@ -578,7 +586,7 @@ async def open_engine(path: str, clock: Clock, vfs: str | None = None) -> Engine
 
     Two connections of one process on one file would share and lose POSIX locks, so there is one.
     """
-    resolved = path if path == ":memory:" else str(Path(path).resolve())
+    resolved = os.path.realpath(path)  # noqa: ASYNC240 - once, at start
     key = (id(asyncio.get_running_loop()), resolved)
     engine = _engines.get(key)
     if engine is None:

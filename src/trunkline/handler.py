@@ -122,7 +122,9 @@ class Handler:
             if parameter.default is not inspect.Parameter.empty:
                 return
             raise DefinitionError(
-                "E107", f"{self.name}: parameter {parameter.name!r} has no type", "annotate it with Context or a resource"
+                "E107",
+                f"{self.name}: parameter {parameter.name!r} has no type",
+                "annotate it with Context or a resource",
             )
         if hint is Context:
             self.context = parameter.name
@@ -158,7 +160,7 @@ class Context:
 
     __slots__ = ("_allowed", "_clock", "_loop", "_source", "_store", "_unit", "attempt", "log", "message")
 
-    def __init__(  # noqa: PLR0913 - wired by delivery and app only
+    def __init__(
         self,
         *,
         unit: Unit,
@@ -207,7 +209,13 @@ class Context:
         return self.publish(payload, to=to, key=key, **attributes)
 
     def schedule(
-        self, payload: Any, at: datetime | timedelta, *, to: Channel | None = None, key: str | None = None, **attributes: Any
+        self,
+        payload: Any,
+        at: datetime | timedelta,
+        *,
+        to: Channel | None = None,
+        key: str | None = None,
+        **attributes: Any,
     ) -> str:
         """Stage a message that leaves at a time, or so long from now.
 
@@ -247,8 +255,9 @@ class Context:
                 f"{self._unit.owner} publishes {type(payload).__name__}, which its declaration does not say",
                 f"add it to the return annotation or to handle(publishes=({type(payload).__name__},))",
             )
-        envelope = make_message(payload, self._clock, self._source, to, key, self.message, attributes)
-        staged = Staged(to or envelope[0], envelope[1], due)
+        staged = make_message(payload, self._clock, self._source, to, key, self.message, attributes)
+        if due is not None:
+            staged = Staged(staged.channel, staged.message, due)
         self._unit.stage(staged)
         return staged
 
@@ -261,8 +270,8 @@ def make_message(
     key: str | None,
     cause: Message | None,
     attributes: dict[str, Any],
-) -> tuple[Channel, Message]:
-    """Return (home channel, envelope) for a payload.
+) -> Staged:
+    """Return a payload in its envelope, on its way to `to` or its home channel.
 
     A ready-made Message passes through unchanged, if `to` says where.
     Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E307 for a wrong attribute.
@@ -271,22 +280,24 @@ def make_message(
     if declared is None:
         return _undeclared(payload, to)
     if key is None and declared.key_of is not None:
-        key = str(declared.key_of(payload))
+        key = declared.key_of(payload)
+        if key.__class__ is not str:
+            key = str(key)
     data = encode_payload(declared.encode, payload, declared.name)
     message_id, now = clock.stamp()
     if cause is None:
         message = Message(message_id, declared.name, source, data, now, key, None, None, declared.version)
     else:
         correlation = cause.correlationid or cause.id
-        message = Message(
-            message_id, declared.name, source, data, now, key, correlation, cause.id, declared.version
-        )
+        message = Message(message_id, declared.name, source, data, now, key, correlation, cause.id, declared.version)
         if cause.tenantid is not None:
             attributes = {"tenantid": cause.tenantid, **attributes}
-    return declared.channel, _with_attributes(message, attributes) if attributes else message
+    if attributes:
+        return Staged(to or declared.channel, _with_attributes(message, attributes), None, "id" not in attributes)
+    return Staged(to or declared.channel, message, None, True)  # noqa: FBT003 - positional for speed
 
 
-def _undeclared(payload: Any, to: Channel | None) -> tuple[Channel, Message]:
+def _undeclared(payload: Any, to: Channel | None) -> Staged:
     if not isinstance(payload, Message):
         raise UnroutableError(
             "E303",
@@ -295,11 +306,22 @@ def _undeclared(payload: Any, to: Channel | None) -> tuple[Channel, Message]:
         )
     if to is None:
         raise UnroutableError("E303", "a Message has no home channel", "say to=channel")
-    return to, payload
+    return Staged(to, payload)
 
 
 _SETTABLE = frozenset(
-    {"id", "subject", "priority", "expirytime", "tenantid", "traceparent", "correlationid", "causationid", "dataschema", "extensions"}
+    {
+        "id",
+        "subject",
+        "priority",
+        "expirytime",
+        "tenantid",
+        "traceparent",
+        "correlationid",
+        "causationid",
+        "dataschema",
+        "extensions",
+    }
 )
 
 
@@ -392,7 +414,9 @@ def _declared(cls: type, who: str, *, E: str) -> MessageType:  # noqa: N803 - th
     declared = message_type(cls)
     if declared is None:
         raise DefinitionError(
-            E, f"{who} {cls.__name__}, which is not declared on any channel", "declare it with @channel.event or @queue.command"
+            E,
+            f"{who} {cls.__name__}, which is not declared on any channel",
+            "declare it with @channel.event or @queue.command",
         )
     return declared
 

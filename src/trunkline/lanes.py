@@ -34,20 +34,19 @@ class Resume(Generic[R]):
 
     def __await__(self) -> Generator[Any, Any, R]:
         coroutine, waited_for = self._coroutine, self._waited_for
-        while True:
-            try:
-                sent = yield waited_for
-            except GeneratorExit:
-                coroutine.close()
-                raise
-            except BaseException as error:  # noqa: BLE001 - handed into the coroutine, as await does
-                step: Callable[[], Any] = lambda error=error: coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
-            else:
-                step = lambda sent=sent: coroutine.send(sent)  # type: ignore[misc]  # noqa: E731
-            try:
-                waited_for = step()
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+        try:
+            while True:
+                try:
+                    sent = yield waited_for
+                except GeneratorExit:
+                    coroutine.close()
+                    raise
+                except BaseException as error:  # noqa: BLE001 - handed into the coroutine, as await does
+                    waited_for = coroutine.throw(error)
+                else:
+                    waited_for = coroutine.send(sent)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
 
 
 class Lanes:
@@ -125,16 +124,11 @@ class Lanes:
                 delivery = ready.popleft()
                 key = delivery.key
                 if busy and key in busy:
-                    busy[key].append(delivery)  # type: ignore[index]
+                    busy[key].append(delivery)
                     continue
                 rest_of_it = deliver(delivery)
-                if rest_of_it is None:
-                    continue
-                try:
-                    waited_for = rest_of_it.send(None)
-                except StopIteration:
-                    continue
-                await self._stay_with(rest_of_it, waited_for, key)
+                if rest_of_it is not None:
+                    await self._stay_with(rest_of_it, key)
             self._awake -= 1
             if self._idle is not None and not (self._awake or self._suspended or self._idle.done()):
                 self._idle.set_result(None)
@@ -142,15 +136,15 @@ class Lanes:
             self._resting.append(rest)
             await rest
 
-    async def _stay_with(self, coroutine: Coroutine[Any, Any, None], waited_for: Any, key: str | None) -> None:
-        """Finish a delivery that suspended, while others have the floor."""
+    async def _stay_with(self, rest_of_it: Coroutine[Any, Any, None], key: str | None) -> None:
+        """Finish a delivery that has to wait, while others have the floor."""
         if key is not None:
             self._busy[key] = deque()
         self._suspended += 1
         self._awake -= 1
         self._wake_one()
         try:
-            await Resume(coroutine, waited_for)
+            await rest_of_it
         finally:
             self._suspended -= 1
             self._awake += 1

@@ -18,6 +18,7 @@ from trunkline.errors import DecodeError
 JSON = "application/json"
 MAX_HEADER_BYTES = 64 * 1024
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ATTRIBUTES = ("id", "source", "type", "datacontenttype", "dataschema", "subject")
 _TEXT_EXTENSIONS = (
     "partitionkey", "sequence", "correlationid", "causationid", "replyto", "tenantid", "traceparent",
@@ -85,9 +86,7 @@ unpack = msgspec.msgpack.Decoder(Message).decode
 
 def format_time(seconds: float) -> str:
     """Return `seconds` since the epoch as an RFC 3339 timestamp in UTC, to the microsecond."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace(
-        "+00:00", "Z"
-    )
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def parse_time(text: str) -> float:
@@ -97,10 +96,9 @@ def parse_time(text: str) -> float:
     """
     try:
         parsed = datetime.fromisoformat(text)
-        if parsed.tzinfo is None:
-            raise ValueError("no time zone")
-        return parsed.timestamp()
-    except (ValueError, OverflowError) as error:
+        # A time without zone has no offset to subtract: TypeError.
+        return (parsed - _EPOCH).total_seconds()
+    except (ValueError, OverflowError, TypeError) as error:
         raise DecodeError(
             "E402", f"time {text[:64]!r} is not an RFC 3339 timestamp", 'such as "2026-01-31T12:00:00Z"'
         ) from error
@@ -130,9 +128,7 @@ def from_attributes(found: dict[str, str], data: bytes) -> Message:
     """
     rest = dict(found)
     if rest.pop("specversion", None) != "1.0":
-        raise DecodeError(
-            "E401", f"specversion is {found.get('specversion')!r}", "only CloudEvents 1.0 is read"
-        )
+        raise DecodeError("E401", f"specversion is {found.get('specversion')!r}", "only CloudEvents 1.0 is read")
     for name in ("id", "source", "type"):
         if not rest.get(name):
             raise DecodeError("E403", f"CloudEvents attribute {name!r} is missing or empty")
@@ -181,9 +177,7 @@ def from_binary(headers: dict[str, str], body: bytes) -> Message:
             except UnicodeDecodeError as error:
                 raise DecodeError("E404", f"header {name[:64]!r} is not UTF-8") from error
     if size > MAX_HEADER_BYTES:
-        raise DecodeError(
-            "E405", f"headers of {size} bytes", f"at most {MAX_HEADER_BYTES} are read"
-        )
+        raise DecodeError("E405", f"headers of {size} bytes", f"at most {MAX_HEADER_BYTES} are read")
     return from_attributes(found, body)
 
 

@@ -34,7 +34,7 @@ class Parking:
         limit: most parked messages before `full` is set.
     """
 
-    def __init__(  # noqa: PLR0913 - wired by app only
+    def __init__(
         self,
         subscription: Subscription,
         *,

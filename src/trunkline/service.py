@@ -45,6 +45,7 @@ class Service:
     @overload
     def handle(
         self,
+        /,
         *,
         subscription: str | None = None,
         from_: Channel | None = None,
@@ -89,7 +90,8 @@ class Service:
                 names = ", ".join(sorted(cls.__name__ for cls in shared)) or "every message"
                 raise DefinitionError(
                     "E103",
-                    f"{other.name} and {handler.name} both handle {names} of subscription {self.reader_of(handler)[0]!r}",
+                    f"{other.name} and {handler.name} both handle {names}"
+                    f" of subscription {self.reader_of(handler)[0]!r}",
                     'give the second one its own: handle(subscription="...")',
                 )
         self.handlers.append(handler)
@@ -214,10 +216,7 @@ class System:
         handlers = [handler for service in self.services for handler in service.handlers if handler.takes]
         # Greatest fixed point: start from all, drop what can come to an end.
         endless = [
-            (cls, handler)
-            for handler in handlers
-            if handler.returns and not handler.optional
-            for cls in handler.takes
+            (cls, handler) for handler in handlers if handler.returns and not handler.optional for cls in handler.takes
         ]
         while True:
             going = {cls for cls, _ in endless}
@@ -258,12 +257,12 @@ def _options(given: dict[str, Any]) -> Options:
             raise DefinitionError("E120", f"handle({name}={value!r})", "it must be more than 0")
     if options.batch.wait_s < 0:
         raise DefinitionError("E120", f"batch.wait_s is {options.batch.wait_s}", "it must be 0 or more")
-    for name, value, allowed in (
-        ("after_dead_letter", options.after_dead_letter, ("hold", "continue")),
-        ("start", options.start, ("earliest", "latest")),
+    for name, chosen, allowed in (
+        ("after_dead_letter", str(options.after_dead_letter), ("hold", "continue")),
+        ("start", str(options.start), ("earliest", "latest")),
     ):
-        if value not in allowed:
-            raise DefinitionError("E120", f"handle({name}={value!r})", f"one of {', '.join(allowed)}")
+        if chosen not in allowed:
+            raise DefinitionError("E120", f"handle({name}={chosen!r})", f"one of {', '.join(allowed)}")
     return options
 
 

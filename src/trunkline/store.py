@@ -5,6 +5,7 @@ Invariant: a Unit is committed as a whole or not at all. Read next: delivery.py.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,9 @@ import msgspec
 from trunkline.message import Message
 from trunkline.outcome import ACK, Outcome
 from trunkline.transport import Delivery, Staged, Subscription, Transport
+
+INBOX_WINDOW_S = 7 * 24 * 3600.0
+"""How long a handled message is remembered; the longest retry must be shorter."""
 
 Done = Callable[[Any, BaseException | None], None]
 """Called with the Unit and None, or the error that undid it."""
@@ -49,6 +53,16 @@ class Unit(msgspec.Struct, eq=False, gc=False):
     def stage(self, staged: Staged) -> None:
         """Add a message that leaves with this unit."""
         self.staged = (*self.staged, staged)
+
+
+def resolve(future: asyncio.Future[None], _unit: Unit, error: BaseException | None) -> None:
+    """End `future` as a unit ended; bound to its future, this is a Unit's `done`."""
+    if future.done():
+        return  # whoever waited was cancelled
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 class Transaction(Protocol):
@@ -174,6 +188,9 @@ class Store(Protocol):
 
     async def discard_dead_letter(self, number: int) -> None:
         """Remove a dead letter; the messages of its key go on."""
+
+    async def tidy(self) -> None:
+        """Forget handled messages older than the inbox window, a bounded number at a time."""
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call back on the loop when another process may have changed the store."""

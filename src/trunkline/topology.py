@@ -65,18 +65,15 @@ class Topology(msgspec.Struct, frozen=True):
     publishes: list[Link]
     handles: list[Link]
 
-    def from_outside(self) -> list[tuple[str, str]]:
-        """Return (channel, message) that is handled here but published by no handler."""
-        made = {(link.channel, link.message) for link in self.publishes}
-        taken = dict.fromkeys((link.channel, link.message) for link in self.handles)
-        return [pair for pair in taken if pair not in made and pair[1] != EVERY]
-
-    def unhandled(self) -> list[tuple[str, str]]:
-        """Return (channel, message) that is published here but handled by no service."""
-        taken = {(link.channel, link.message) for link in self.handles}
-        every = {link.channel for link in self.handles if link.message == EVERY}
-        made = dict.fromkeys((link.channel, link.message) for link in self.publishes)
-        return [pair for pair in made if pair not in taken and pair[0] not in every]
+    def ends(self, channel: str, message: str) -> tuple[list[str], list[str]]:
+        """Return (services that publish, services that handle) a type of a channel."""
+        senders = dict.fromkeys(
+            link.service for link in self.publishes if (link.channel, link.message) == (channel, message)
+        )
+        takers = dict.fromkeys(
+            link.service for link in self.handles if link.channel == channel and link.message in (message, EVERY)
+        )
+        return list(senders), list(takers)
 
 
 def describe(system: System) -> Topology:
@@ -88,8 +85,8 @@ def describe(system: System) -> Topology:
         for handler in service.handlers:
             channels.setdefault(handler.channel.name, handler.channel)
             reader, channel_name = service.reader_of(handler)
-            for name in [declared.name for declared in handler.types] or [EVERY]:
-                handles.append(Link(service.name, channel_name, name, handler.name, reader))
+            names = [declared.name for declared in handler.types] or [EVERY]
+            handles += [Link(service.name, channel_name, name, handler.name, reader) for name in names]
             for cls in handler.gives:
                 declared = message_type(cls)
                 if declared is not None:
@@ -108,7 +105,7 @@ def _service(service: Service) -> ServiceNode:
     return ServiceNode(
         service.name,
         [getattr(cls, "__name__", repr(cls)) for cls in service.factories],
-        [function.__qualname__ for function in service.backgrounds],  # type: ignore[attr-defined]
+        [function.__qualname__ for function in service.backgrounds],
     )
 
 

@@ -6,7 +6,7 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -56,6 +56,7 @@ class Delivery(msgspec.Struct, eq=False, gc=False):
         attempt: failures so far.
         row: the parked row it comes from, or LIVE.
         suspect: it may have been in a handler when a process died.
+        fresh: it cannot have been handled before, so the inbox need not be asked.
     """
 
     subscription: Subscription
@@ -67,6 +68,7 @@ class Delivery(msgspec.Struct, eq=False, gc=False):
     attempt: int = 0
     row: int = LIVE
     suspect: bool = False
+    fresh: bool = False
 
 
 class Staged(msgspec.Struct, frozen=True, gc=False):
@@ -74,11 +76,13 @@ class Staged(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         due: seconds since the epoch before which it is not sent; None sends at once.
+        fresh: its id was made just now, so nobody can have handled it before.
     """
 
     channel: Channel
     message: Message
     due: float | None = None
+    fresh: bool = False
 
 
 class Backlog(msgspec.Struct, frozen=True):
@@ -114,8 +118,8 @@ class Transport(Protocol):
         Raises: TransportError if it cannot be reached; ConfigurationError if something exists otherwise.
         """
 
-    async def send(self, batch: Sequence[Staged]) -> None:
-        """Return when the broker has confirmed all of `batch`.
+    def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
+        """Return an awaitable that ends when the broker has confirmed all of `batch`.
 
         Raises: PublishError or TransportError; then `err.unsent` lists what was not confirmed.
         """
@@ -134,6 +138,9 @@ class Transport(Protocol):
 
     async def backlog(self, subscription: Subscription) -> Backlog:
         """Return how far `subscription` is behind."""
+
+    async def tidy(self) -> None:
+        """Remove messages whose retention has passed, a bounded number at a time."""
 
     async def drain(self) -> None:
         """Stop receiving; what was received may still be settled."""

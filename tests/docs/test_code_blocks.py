@@ -1,6 +1,8 @@
 """Every code block of the README and of docs/ runs and prints what the page says."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ PAGES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_of_the_page_run(page, tmp_path):
-    done = subprocess.run(
+    # A session of its own: whatever a page leaves running in the background ends with the test.
+    runner = subprocess.Popen(
         [sys.executable, "-W", "error", RUNNER, page],
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if "TRUNKLINE" not in name},
@@ -24,6 +27,11 @@ def test_blocks_of_the_page_run(page, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout
+    try:
+        output, _ = runner.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(runner.pid, signal.SIGKILL)
+    assert runner.returncode == 0, output

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -77,6 +78,8 @@ class Sms:
             api_base: another address than Twilio's own, for a stand-in.
             timeout_s: longest time one `send` may take.
         """
+        # Eight lines for each request otherwise.
+        logging.getLogger("twilio.async_http_client").setLevel(logging.WARNING)
         self._http = AsyncTwilioHttpClient()
         self._client = Client(
             account_sid=account_sid,

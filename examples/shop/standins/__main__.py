@@ -22,6 +22,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path(), help="where the ledgers are kept")
     for name in ("stripe", "twilio", "smtp"):
         parser.add_argument(f"--{name}-port", type=int, default=0, help="0 lets the system choose")
+    parser.add_argument("--authorisation-seconds", type=float, default=0.0, help="how long the card network takes")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     return options
@@ -32,7 +33,8 @@ async def _main() -> None:
     directory: Path = options.directory
     files = {name: str(directory / f"{name}-ledger.db") for name in ("stripe", "twilio", "smtp")}
     stop = stop_event()
-    stripe = HttpSite(Stripe(files["stripe"]).answer, options.stripe_port)
+    charges = Stripe(files["stripe"], authorisation_s=options.authorisation_seconds)
+    stripe = HttpSite(charges.answer, options.stripe_port)
     twilio = HttpSite(Twilio(files["twilio"]).answer, options.twilio_port)
     mail, mail_url = await MailServer(files["smtp"]).listen(options.smtp_port)
     # The HTTP sockets listen already: a connection made now waits in the backlog until `serve`

@@ -9,9 +9,8 @@ Source: docs.stripe.com/api/payment_intents, /api/refunds, /api/errors, /api/ide
 Read next: ledger.py, wire.py.
 
 The file for an audit: table `charge` (every attempt, declined ones too), table `refund`, and the
-view `ledger` (money
-moved: `kind` charge or refund, `payment_intent`, `order_id`, `amount_cents` negative for a refund,
-`created`).
+view `ledger` (money moved: `kind` charge or refund, `payment_intent`, `order_id`, `amount_cents`
+negative for a refund, `created`); `replays` in table `idempotency` counts repeated requests.
 """
 
 from __future__ import annotations
@@ -64,6 +63,7 @@ CREATE TABLE IF NOT EXISTS idempotency (
     body TEXT NOT NULL,
     request_id TEXT NOT NULL,
     created REAL NOT NULL,
+    replays INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (account, key)
 ) WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS ledger AS
@@ -214,7 +214,7 @@ class Stripe:
             with transaction(self._database):
                 reply = execute()
                 self._database.execute(
-                    "INSERT INTO idempotency VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO idempotency VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
                     (account, key, fingerprint, reply.status, reply.body, request_id, time.time()),
                 )
         finally:
@@ -238,6 +238,9 @@ class Stripe:
                 f"Try using a key other than '{key}' if you meant to execute a different request."
             )
             raise ApiError(400, message, kind="idempotency_error")
+        self._database.execute(
+            "UPDATE idempotency SET replays = replays + 1 WHERE account = ? AND key = ?", (account, key)
+        )
         headers = (
             (b"idempotency-key", key.encode("latin-1")),
             (b"idempotent-replayed", b"true"),

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 
 from trunkline.channel import Channel
 from trunkline.cli.embedded import existing_file, open_file
 from trunkline.clock import system_clock
 from trunkline.config import Settings
-from trunkline.store import Store
-from trunkline.transport import Transport, load_adapter
-
-T = TypeVar("T")
+from trunkline.store import Store, Unit, resolve
+from trunkline.transport import Staged, Transport, load_adapter
 
 
 @contextlib.asynccontextmanager
@@ -44,6 +42,11 @@ async def opened(settings: Settings, channels: Iterable[Channel] = ()) -> AsyncI
         await transport.stop()
 
 
-def act(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run `coroutine` in an event loop of its own."""
-    return asyncio.run(coroutine)
+async def commit(store: Store, staged: Sequence[Staged]) -> None:
+    """Commit staged messages through the store; the relay of a running service sends them when they are due."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    unit = Unit((), partial(resolve, future), "trunkline publish")
+    unit.staged = tuple(staged)
+    store.submit(unit)
+    await future

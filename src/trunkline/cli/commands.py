@@ -59,10 +59,11 @@ def _version(wanted: bool) -> None:  # noqa: FBT001 - an option's callback
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 - acts in its callback
+    *,
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    traceback: Annotated[  # noqa: ARG001 - read by Commands
+    traceback: Annotated[
         bool, typer.Option("--traceback", help="Show the traceback of an error; so does TRUNKLINE_DEBUG=1.")
     ] = False,
 ) -> None:

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-from trunkline.topology import ChannelNode, Link, Topology
+from trunkline.topology import EVERY, ChannelNode, Link, Topology
 
 LINE = 22
 """Height of one message, in pixels."""
@@ -22,6 +22,8 @@ BEND = 110
 """Width of the strip in which lines change their height."""
 TOP = 76
 MARGIN = 24
+OUTSIDE = "(outside)"
+"""Stands for whoever publishes what no handler here does."""
 _COLOURS = {"queue": "#fde8c8", "topic": "#dcedc8", "stream": "#d3e5f7"}
 _BORDERS = {"queue": "#b7791f", "topic": "#558b2f", "stream": "#2b6cb0"}
 
@@ -29,6 +31,11 @@ _STYLE = (
     "text{font:12px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#1a202c}"
     ".head{font-weight:bold}.soft{fill:#4a5568;font-size:11px}.title{font-size:15px;font-weight:bold}"
     ".service{fill:#edf2f7;stroke:#4a5568}.edge{fill:none;stroke:#718096;stroke-width:1.3}"
+)
+
+_TIP = (
+    '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8"'
+    ' orient="auto"><path d="M0 0 8 4 0 8z" fill="#718096"/></marker></defs>'
 )
 
 
@@ -56,7 +63,13 @@ class _Box(msgspec.Struct):
 
 def to_svg(topology: Topology) -> str:
     """Return the drawing, complete in itself: no scripts, fonts or links."""
-    publishes, handles = _unique(topology.publishes, topology), _unique(topology.handles, topology)
+    handles = _unique(topology.handles)
+    outside = [
+        Link(OUTSIDE, link.channel, link.message, "")
+        for link in handles
+        if link.message != EVERY and not topology.ends(link.channel, link.message)[0]
+    ]
+    publishes = _unique([*topology.publishes, *outside])
     left = _boxes(publishes, lambda link: link.service)
     right = _boxes(handles, lambda link: link.service)
     middle = [_Box(channel.name, [], minimum=2) for channel in topology.channels]
@@ -67,9 +80,8 @@ def to_svg(topology: Topology) -> str:
     return _Sheet(topology, (left, middle, right), ins, outs).draw()
 
 
-def _unique(links: Sequence[Link], topology: Topology) -> list[Link]:
+def _unique(links: Sequence[Link]) -> list[Link]:
     """Return one Link per service, channel and message, without the handler."""
-    del topology
     return list(dict.fromkeys(Link(link.service, link.channel, link.message, "") for link in links))
 
 
@@ -178,11 +190,12 @@ class _Sheet:
         width = self._x_right[1] + MARGIN
         system = escape(self._topology.system)
         parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {self._height:.0f}"'
-            f' width="{width:.0f}" height="{self._height:.0f}" role="img" aria-label="Topology of {system}">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {self._height:.0f}"'
+                f' width="{width:.0f}" height="{self._height:.0f}" role="img" aria-label="Topology of {system}">'
+            ),
             f"<style>{_STYLE}</style>",
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8"'
-            ' orient="auto"><path d="M0 0 8 4 0 8z" fill="#718096"/></marker></defs>',
+            _TIP,
             '<rect width="100%" height="100%" fill="#ffffff"/>',
             f'<text class="title" x="{MARGIN}" y="30">{system}</text>',
         ]
@@ -192,7 +205,7 @@ class _Sheet:
             parts.append(f'<text class="soft" x="{x:.0f}" y="{TOP - 14}">{title}</text>')
         parts += self._edges()
         for boxes, (x, end) in ((self._left, self._x_left), (self._right, self._x_right)):
-            parts += [_box(x, end, box, [box.name], 'class="service"') for box in boxes]
+            parts += [_box(x, end, box, [box.name], _look(box)) for box in boxes]
         for box in self._middle:
             kind = self._channels[box.name].kind
             look = f'fill="{_COLOURS[kind]}" stroke="{_BORDERS[kind]}"'
@@ -230,6 +243,10 @@ def _edge(start: float, bend: float, bent: float, y: float, to: float, end: floa
     )
 
 
+def _look(box: _Box) -> str:
+    return 'class="service" stroke-dasharray="4 3"' if box.name == OUTSIDE else 'class="service"'
+
+
 def _label(x: float, y: float, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y - 4:.1f}">{escape(text)}</text>'
 
@@ -242,5 +259,6 @@ def _box(x: float, end: float, box: _Box, lines: Sequence[str], look: str) -> st
     first = box.middle + 4 - 8 * (len(lines) - 1)
     for number, line in enumerate(lines):
         kind = "soft" if number else "head"
-        parts.append(f'<text class="{kind}" x="{centre:.1f}" y="{first + 16 * number:.1f}" text-anchor="middle">{escape(line)}</text>')
+        y = first + 16 * number
+        parts.append(f'<text class="{kind}" x="{centre:.1f}" y="{y:.1f}" text-anchor="middle">{escape(line)}</text>')
     return "".join(parts)

@@ -18,8 +18,8 @@ import msgspec
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
 from trunkline.message import unpack
 from trunkline.process_lock import ProcessLock
-from trunkline.stores.sqlite import read_dead_letters
 from trunkline.store import DeadLetterRow
+from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import parse_address
 from trunkline.transports.sqlite import count_backlog
 
@@ -76,7 +76,7 @@ class ProcessRow(msgspec.Struct, frozen=True):
     pid: int
     started: float
     beat: float
-    alive: bool
+    alive: bool = False
 
 
 def file_path(url: str, option: str = "--transport") -> str:
@@ -87,7 +87,9 @@ def file_path(url: str, option: str = "--transport") -> str:
     address = parse_address(url)
     if address.scheme != "sqlite":
         raise ConfigurationError(
-            "E230", f"{address.shown} cannot be looked into from outside", f"name an embedded file: {option} sqlite:///shop.db"
+            "E230",
+            f"{address.shown} cannot be looked into from outside",
+            f"name an embedded file: {option} sqlite:///shop.db",
         )
     return address.path.removeprefix("/")
 
@@ -101,7 +103,9 @@ def existing_file(url: str, option: str = "--transport") -> str:
     if not Path(path).is_file():
         raise ConfigurationError(
             "E231",
-            f"{path or url} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
+            f"{path or url} does not exist in {Path.cwd()}"
+            if not Path(path).is_absolute()
+            else f"{path} does not exist",
             f"start a service on it first, or name the right file: {option} sqlite:///shop.db",
         )
     return path
@@ -123,7 +127,9 @@ class EmbeddedFile:
         try:
             self.connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
             self.connection.set_busy_timeout(BUSY_MS)
-            self._tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_schema WHERE type='table'")}
+            self._tables = {
+                name for (name,) in self.connection.execute("SELECT name FROM sqlite_schema WHERE type='table'")
+            }
         except apsw.NotADBError as error:
             raise ConfigurationError("E203", f"{path} is not a SQLite database", "name another file") from error
         except apsw.Error as error:
@@ -174,7 +180,8 @@ class EmbeddedFile:
         if "trunkline_channel" not in self._tables:
             return []
         return [
-            StoredChannel(*row) for row in self.rows("SELECT id, name, kind, partitions FROM trunkline_channel ORDER BY name")
+            StoredChannel(*row)
+            for row in self.rows("SELECT id, name, kind, partitions FROM trunkline_channel ORDER BY name")
         ]
 
     def channel(self, name: str) -> StoredChannel:
@@ -199,10 +206,10 @@ class EmbeddedFile:
         """Return the registered processes; `alive` is what the kernel's lock says."""
         rows = self.rows("SELECT id, pid, started, beat FROM trunkline_process ORDER BY id")
         if not rows or not Path(f"{self.path}-live").exists():
-            return [ProcessRow(*row, alive=False) for row in rows]
+            return [ProcessRow(*row) for row in rows]
         lock = ProcessLock(self.path)
         try:
-            return [ProcessRow(*row, alive=lock.held_by_another(row[0])) for row in rows]
+            return [ProcessRow(row[0], row[1], row[2], row[3], alive=lock.held_by_another(row[0])) for row in rows]
         finally:
             lock.close()
 
@@ -218,10 +225,11 @@ class EmbeddedFile:
         A message of a Topic is there once per subscription that has not handled it.
         """
         if channel.kind == "stream":
-            sql = "SELECT position, event FROM trunkline_log WHERE channel = ? AND position > ? ORDER BY position LIMIT ?"
+            sql = "SELECT position, event FROM trunkline_log WHERE channel = ? AND position > ? ORDER BY 1 LIMIT ?"
         else:
             sql = (
-                "SELECT q.position, q.event FROM trunkline_queue q JOIN trunkline_subscription s ON s.id = q.subscription"
+                "SELECT q.position, q.event FROM trunkline_subscription s"
+                " JOIN trunkline_queue q ON q.subscription = s.id"
                 " WHERE s.channel = ? AND q.position > ? ORDER BY q.position LIMIT ?"
             )
         return [StoredMessage(*row) for row in self.rows(sql, channel.number, after, limit)]
@@ -278,9 +286,7 @@ class EmbeddedFile:
                 number,
             )
             return float(rows[0][0]) if rows else None
-        rows = self.rows(
-            "SELECT event FROM trunkline_queue WHERE subscription = ? ORDER BY position LIMIT 1", number
-        )
+        rows = self.rows("SELECT event FROM trunkline_queue WHERE subscription = ? ORDER BY position LIMIT 1", number)
         try:
             return unpack(rows[0][0]).time if rows else None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -14,7 +14,7 @@ from trunkline.cli import completion
 Target = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODULE:OBJECT]",
+        metavar="MODULE:OBJECT",
         help="A System, Service or App, such as shop:system. Default: `app` in trunkline.toml.",
         show_default=False,
     ),
@@ -42,5 +42,7 @@ OnlySubscription = Annotated[
 ]
 OnlyType = Annotated[
     str | None,
-    typer.Option("--type", metavar="TYPE", help="Only messages of this type, such as order.created.", show_default=False),
+    typer.Option(
+        "--type", metavar="TYPE", help="Only messages of this type, such as order.created.", show_default=False
+    ),
 ]

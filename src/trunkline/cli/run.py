@@ -40,7 +40,7 @@ class Level(StrEnum):
     error = "error"
 
 
-def run(  # noqa: PLR0913 - one parameter per option
+def run(
     target: options.Target = None,
     *,
     transport: options.Transport = None,
@@ -50,7 +50,9 @@ def run(  # noqa: PLR0913 - one parameter per option
         typer.Option("--only", metavar="SERVICE", help="Run this service of the system alone; may be repeated."),
     ] = None,
     workers: Annotated[int, typer.Option("--workers", "-w", min=1, max=1024, help="Run so many processes.")] = 1,
-    reload: Annotated[bool, typer.Option("--reload", help="Restart when a source file changes; for development.")] = False,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Restart when a source file changes; for development.")
+    ] = False,
     log_level: Annotated[Level, typer.Option("--log-level", help="Log from this level on.")] = Level.info,
 ) -> None:
     """Run a system until SIGTERM or Ctrl-C.
@@ -81,7 +83,9 @@ def run(  # noqa: PLR0913 - one parameter per option
     except Exception as error:
         if os.environ.get("TRUNKLINE_DEBUG"):
             raise
-        typer.secho(f"{app.system.name} failed: {printable(describe(error))}; its traceback is in the log", fg="red", err=True)
+        typer.secho(
+            f"{app.system.name} failed: {printable(describe(error))}; its traceback is in the log", fg="red", err=True
+        )
         raise typer.Exit(FAILED) from None
 
 

@@ -97,6 +97,9 @@ class Supervisor:
             for process in self._workers.values():
                 _send(process, signal.SIGTERM)
 
+    def _has_stopped(self) -> bool:
+        return self._stopping
+
     def _stop(self) -> None:
         self._stopping = True
         self._tell_all()
@@ -117,14 +120,14 @@ class Supervisor:
 
     async def _keep(self, worker: int) -> None:
         failures = 0
-        while not self._stopping:
+        while not self._has_stopped():
             wake = self._wake
             started = self._clock.monotonic()
             process = await self._start(worker)
             code = await self._ended(process, wake)
             del self._workers[worker]
             self._told.discard(process.pid)
-            if self._stopping:
+            if self._has_stopped():
                 log.info("worker %d %s", worker, _said(code))
                 if code != 0 and (code != -signal.SIGTERM or self._signals > 1):
                     self._exit = self._exit or FAILED
@@ -187,7 +190,7 @@ class Supervisor:
             if found == known:
                 continue
             different = sorted({path for path, _ in found ^ known})
-            log.info("changed: %s; restarting", ", ".join(os.path.relpath(path) for path in different[:5]))
+            log.info("changed: %s; restarting", ", ".join(_relative(path) for path in different[:5]))
             known = found
             self._tell_all()
 
@@ -213,6 +216,10 @@ def _walk(folder: str) -> Iterator[tuple[str, int]]:
                 yield entry.path, entry.stat().st_mtime_ns
         except FileNotFoundError:
             continue
+
+
+def _relative(path: str) -> str:
+    return os.path.relpath(path)
 
 
 def _send(process: asyncio.subprocess.Process, number: int) -> None:

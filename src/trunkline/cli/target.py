@@ -54,7 +54,9 @@ def load_target(settings: Settings) -> Target:
         )
     module_name, colon, path = name.partition(":")
     if not (colon and module_name and path):
-        raise ConfigurationError("E210", f"{name!r} is not MODULE:OBJECT", 'such as "shop:system" for `system` in shop.py')
+        raise ConfigurationError(
+            "E210", f"{name!r} is not MODULE:OBJECT", 'such as "shop:system" for `system` in shop.py'
+        )
     found: Any = _import(module_name)
     for attribute in path.split("."):
         found = _attribute(found, attribute, name)
@@ -65,9 +67,7 @@ def load_target(settings: Settings) -> Target:
             return Target(name, System(found.name, [found]))
         case App():
             return Target(name, found.system, found)
-    raise ConfigurationError(
-        "E214", f"{name} is a {type(found).__name__}", "a System, Service or App is needed"
-    )
+    raise ConfigurationError("E214", f"{name} is a {type(found).__name__}", "a System, Service or App is needed")
 
 
 def _import(name: str) -> ModuleType:
@@ -79,7 +79,9 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigurationError(
-                "E211", f"no module {name!r} (looked in {folder} and the installed packages)", "run it from the project's folder"
+                "E211",
+                f"no module {name!r} (looked in {folder} and the installed packages)",
+                "run it from the project's folder",
             ) from error
         raise _failed(name, error) from error
     except TrunklineError as error:
@@ -91,7 +93,9 @@ def _import(name: str) -> ModuleType:
 def _failed(name: str, error: Exception) -> ConfigurationError:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return ConfigurationError("E212", f"importing {name} failed{_place(error)}: {said}", "trunkline --traceback … shows all of it")
+    return ConfigurationError(
+        "E212", f"importing {name} failed{_place(error)}: {said}", "trunkline --traceback … shows all of it"
+    )
 
 
 def _placed(error: TrunklineError) -> TrunklineError:
@@ -108,7 +112,11 @@ def _place(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({os.path.relpath(error.filename)}:{error.lineno})"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith("<") and not frame.filename.startswith(ours) and "importlib" not in frame.filename:
+        if (
+            not frame.filename.startswith("<")
+            and not frame.filename.startswith(ours)
+            and "importlib" not in frame.filename
+        ):
             return f" ({os.path.relpath(frame.filename)}:{frame.lineno})"
     return ""
 

@@ -84,13 +84,13 @@ def print_json(value: Any) -> None:
 
 
 def printable(text: str, *, limit: int = 0) -> str:
-    """Return `text` on one line, control characters shown as escapes.
+    r"""Return `text` on one line, control characters shown as escapes.
 
     Args:
         limit: longest result; 0 for any.
 
-    >>> printable("a\\x1b[31mb\\nc")
-    'a\\\\x1b[31mb\\\\nc'
+    >>> printable("a\x1b[31mb\nc")
+    'a\\x1b[31mb\\nc'
     >>> printable("abcdef", limit=4)
     'abc…'
     """

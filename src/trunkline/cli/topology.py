@@ -12,7 +12,7 @@ import typer
 
 from trunkline.cli import options
 from trunkline.cli.target import load_target
-from trunkline.cli.terminal import print_json, stdout, table
+from trunkline.cli.terminal import print_json, stdout
 from trunkline.config import load_settings
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def topology(
     ] = Format.text,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show services, channels and messages, read from the types alone: nothing is connected or started."""
+    """Show services, channels and messages.
+
+    They are read from the types alone: nothing is connected or started.
+    """
     from trunkline.topology import describe, to_mermaid
 
     found = describe(load_target(load_settings(app=target)).system)
@@ -55,28 +58,35 @@ def topology(
 
 def _write(found: Topology) -> None:
     console = stdout()
-    console.print(_tree(found))
+    console.print(_services(found))
     console.print()
-    channels = table("Channel", "Kind", "Message", "Published by", "Handled by", title="Channels")
+    console.print(_channels(found))
+
+
+def _channels(found: Topology) -> Tree:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    tree = Tree(Text("channels", style="bold"), guide_style="dim")
     for channel in found.channels:
-        kind = f"{channel.kind}, {channel.partitions} parts" if channel.partitions else channel.kind
-        first = (channel.name, kind)
+        partitions = f", {channel.partitions} partitions" if channel.partitions else ""
+        key = f", key {channel.key}" if channel.key else ""
+        node = tree.add(Text.assemble((channel.name, "bold cyan"), (f"  {channel.kind}{partitions}{key}", "dim")))
+        width = max(map(len, channel.types), default=0)
         for name in channel.types:
-            senders = dict.fromkeys(
-                link.service for link in found.publishes if (link.channel, link.message) == (channel.name, name)
+            senders, takers = found.ends(channel.name, name)
+            node.add(
+                Text.assemble(
+                    f"{name:<{width}}  ",
+                    (", ".join(senders) or "(outside)", "" if senders else "yellow"),
+                    " → ",
+                    (", ".join(takers) or "(nobody)", "" if takers else "yellow"),
+                )
             )
-            takers = dict.fromkeys(
-                link.service
-                for link in found.handles
-                if link.channel == channel.name and (link.message == name or len(link.message.split()) > 1)
-            )
-            channels.add_row(*first, name, "\n".join(senders) or "(outside)", "\n".join(takers) or "(nobody)")
-            first = ("", "")
-        channels.add_section()
-    console.print(channels)
+    return tree
 
 
-def _tree(found: Topology) -> Tree:
+def _services(found: Topology) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 

@@ -46,7 +46,9 @@ class Retry(msgspec.Struct, frozen=True):
         """Return the longest time from the first failure to the last try, in seconds."""
         return sum(self.delays_s) * (1 + self.jitter)
 
-    def verdict(self, error: BaseException, failures: int, random: float) -> Outcome:
+    def verdict(  # noqa: PLR0911 - one line per rule
+        self, error: BaseException, failures: int, random: float
+    ) -> Outcome:
         """Return what becomes of a message.
 
         Args:

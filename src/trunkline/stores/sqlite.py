@@ -14,15 +14,15 @@ import apsw
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
 from trunkline.dbapi import Connection
-from trunkline.engine import Engine, close_engine, open_engine
+from trunkline.engine import Engine, close_engine, open_engine, query
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
-from trunkline.store import DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
 from trunkline.transport import LIVE, Address, Delivery, Subscription, Transport
 
-INBOX_WINDOW_S = 7 * 24 * 3600.0
-"""How long a handled message is remembered."""
+TIDY_ROWS = 20_000
+"""How many inbox rows one round of tidying looks at."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS trunkline_reader (id INTEGER PRIMARY KEY, label TEXT NOT NULL UNIQUE);
@@ -71,6 +71,7 @@ class SqliteStore:
         self._known: dict[int, set[str]] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._same = False
+        self._tidied: tuple[int, str, str] = (0, "", "")
         self.engine: Engine
 
     async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
@@ -117,8 +118,10 @@ class SqliteStore:
                 by_tenant.setdefault(message.tenantid or "", []).append(message.identity)
         found: set[str] = set()
         for tenant, identities in by_tenant.items():
-            for (identity,) in self.engine.reader.execute(
-                "SELECT i.id FROM json_each(?) j CROSS JOIN trunkline_inbox i ON i.id = j.value WHERE i.reader = ? AND i.tenant = ?",
+            for (identity,) in query(
+                self.engine.reader,
+                "SELECT i.id FROM json_each(?) j CROSS JOIN trunkline_inbox i ON i.id = j.value"
+                " WHERE i.reader = ? AND i.tenant = ?",
                 (encode_json(identities).decode(), reader, tenant),
             ):
                 found.add(identity)
@@ -160,12 +163,8 @@ class SqliteStore:
         fresh = [unit for unit in units if unit.transaction is None and not unit.duplicate]
         if fresh:
             self._remember(connection, fresh)
-        outbox: list[tuple[float, str, bytes]] = []
         finished: list[tuple[int]] = []
         for unit in units:
-            for staged in unit.staged:
-                if staged.due is not None or not self._same:
-                    outbox.append((staged.due or 0.0, staged.channel.name, pack(staged.message)))
             if unit.outcome is not ACK:
                 self._set_aside(connection, unit)
             for delivery in unit.deliveries:
@@ -173,6 +172,12 @@ class SqliteStore:
                     finished.append((delivery.row,))
                 if delivery.suspect:
                     self._forget_attempt(connection, delivery)
+        outbox = [
+            (staged.due or 0.0, staged.channel.name, pack(staged.message))
+            for unit in units
+            for staged in unit.staged
+            if staged.due is not None or not self._same
+        ]
         if outbox:
             connection.executemany("INSERT INTO trunkline_outbox (due, channel, event) VALUES (?, ?, ?)", outbox)
         if finished:
@@ -190,9 +195,7 @@ class SqliteStore:
 
     def foreign_change(self) -> None:
         """Another process committed: readers may have been added, dead letters redriven."""
-        self._readers = dict(
-            self.engine.reader.execute("SELECT label, id FROM trunkline_reader").fetchall()  # type: ignore[arg-type]
-        )
+        self._readers = dict(query(self.engine.reader, "SELECT label, id FROM trunkline_reader"))
         self._notify()
 
     def release(self, connection: apsw.Connection, process: int) -> None:
@@ -272,11 +275,12 @@ class SqliteStore:
 
         def count(connection: apsw.Connection) -> list[int]:
             return [
-                connection.execute(
+                query(
+                    connection,
                     "INSERT INTO trunkline_attempt VALUES (?, ?, 1)"
                     " ON CONFLICT DO UPDATE SET count = count + 1 RETURNING count",
                     row,
-                ).fetchall()[0][0]
+                )[0][0]
                 for row in rows
             ]
 
@@ -290,15 +294,14 @@ class SqliteStore:
         """Tell which keys are parked or held; see Store."""
         reader = self._reader(subscription)
         queries = (
-            "SELECT key, partition, count(*) FROM trunkline_parked"
-            " WHERE reader = ? AND key IS NOT NULL GROUP BY key, partition",
-            "SELECT key, partition, count(*) FROM trunkline_dead_letter WHERE reader = ? AND holds GROUP BY key, partition",
+            "SELECT key, partition, count(*) FROM trunkline_parked WHERE reader = ? AND key NOTNULL GROUP BY 1, 2",
+            "SELECT key, partition, count(*) FROM trunkline_dead_letter WHERE reader = ? AND holds GROUP BY 1, 2",
         )
 
         def load(connection: apsw.Connection) -> None:
             keys: dict[str, int] = {}
-            for query in queries:
-                for key, partition, count in connection.execute(query, (reader,)):
+            for sql in queries:
+                for key, partition, count in query(connection, sql, (reader,)):
                     if owns(partition):
                         keys[key] = keys.get(key, 0) + count
             into(keys)
@@ -312,7 +315,8 @@ class SqliteStore:
         reader = self._reader(subscription)
         found: list[Delivery] = []
         next_due: float | None = None
-        heads = self.engine.reader.execute(
+        heads = query(
+            self.engine.reader,
             "SELECT p.seq, p.key, p.partition, p.position, p.due, p.attempt, p.event FROM trunkline_parked p"
             " WHERE p.reader = ?1 AND p.key IS NOT NULL AND p.seq ="
             " (SELECT q.seq FROM trunkline_parked q WHERE q.reader = ?1 AND q.key = p.key"
@@ -320,7 +324,7 @@ class SqliteStore:
             " AND NOT EXISTS (SELECT 1 FROM trunkline_dead_letter d WHERE d.reader = ?1 AND d.key = p.key"
             "  AND d.holds) ORDER BY p.due",
             (reader,),
-        ).fetchall()
+        )
         for seq, key, partition, position, due, attempt, event in heads:
             if key in running or not owns(partition):
                 continue
@@ -337,20 +341,23 @@ class SqliteStore:
         self, subscription: Subscription, reader: int, now: float, limit: int
     ) -> tuple[list[Delivery], float | None]:
         """Take parked messages without a key: any process may have them."""
-        first = self.engine.reader.execute(
-            "SELECT min(due) FROM trunkline_parked WHERE reader = ? AND key IS NULL AND owner IS NULL", (reader,)
-        ).fetchall()[0][0]
+        first = query(
+            self.engine.reader,
+            "SELECT min(due) FROM trunkline_parked WHERE reader = ? AND key IS NULL AND owner IS NULL",
+            (reader,),
+        )[0][0]
         if first is None or first > now or limit <= 0:
             return [], first
         process = self.engine.process
 
         def claim(connection: apsw.Connection) -> list[tuple[Any, ...]]:
-            return connection.execute(
+            return query(
+                connection,
                 "UPDATE trunkline_parked SET owner = ? WHERE seq IN (SELECT seq FROM trunkline_parked"
                 " WHERE reader = ? AND key IS NULL AND owner IS NULL AND due <= ? ORDER BY due LIMIT ?)"
                 " RETURNING seq, partition, position, attempt, event",
                 (process, reader, now, limit),
-            ).fetchall()
+            )
 
         rows = await self.engine.run(claim)
         return [
@@ -362,19 +369,20 @@ class SqliteStore:
 
     async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
         """Take what is to be sent now; see Store."""
-        first = self.engine.reader.execute("SELECT min(due) FROM trunkline_outbox").fetchall()[0][0]
+        first = query(self.engine.reader, "SELECT min(due) FROM trunkline_outbox")[0][0]
         if first is None or first > now:
             return [], first
         process = self.engine.process
 
         def take(connection: apsw.Connection) -> list[tuple[Any, ...]]:
-            return connection.execute(
+            return query(
+                connection,
                 "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
                 " WHERE due <= ?2 ORDER BY due, seq LIMIT ?3) AND NOT EXISTS"
                 " (SELECT 1 FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
                 " RETURNING due, seq, channel, event",
                 (process, now, limit),
-            ).fetchall()
+            )
 
         rows = sorted(await self.engine.run(take))
         # Nothing taken although something is due: another process relays; look again soon.
@@ -427,19 +435,21 @@ class SqliteStore:
         await self.engine.run(lambda connection: _take_dead_letter(connection, number))
         self._notify()
 
-    async def sweep_inbox(self, older_than: float, after: tuple[int, str, str], limit: int) -> tuple[int, str, str] | None:
-        """Forget handled messages older than `older_than` among the next `limit` rows; return where to go on."""
-        rows = self.engine.reader.execute(
+    async def tidy(self) -> None:
+        """Forget handled messages older than the inbox window; see Store."""
+        rows = query(
+            self.engine.reader,
             "SELECT reader, tenant, id, at FROM trunkline_inbox WHERE (reader, tenant, id) > (?, ?, ?)"
             " ORDER BY reader, tenant, id LIMIT ?",
-            (*after, limit),
-        ).fetchall()
-        old = [row[:3] for row in rows if row[3] < older_than]
+            (*self._tidied, TIDY_ROWS),
+        )
+        self._tidied = rows[-1][:3] if len(rows) == TIDY_ROWS else (0, "", "")
+        oldest = self._clock.now() - INBOX_WINDOW_S
+        old = [row[:3] for row in rows if row[3] < oldest]
         if old:
             await self.engine.run(
-                lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader=? AND tenant=? AND id=?", old)
+                lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader = ? AND tenant = ? AND id = ?", old)
             )
-        return rows[-1][:3] if len(rows) == limit else None
 
 
 class SqliteTransaction:
@@ -456,7 +466,7 @@ class SqliteTransaction:
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query; return its rows."""
-        return self._connection.execute(sql, parameters).fetchall()
+        return query(self._connection, sql, parameters)
 
     def connection(self) -> Connection:
         """Return a DB-API 2.0 connection on this transaction."""
@@ -464,12 +474,14 @@ class SqliteTransaction:
 
 
 def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:
-    rows = connection.execute(
-        "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event", (number,)
-    ).fetchall()
+    rows = query(
+        connection,
+        "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event",
+        (number,),
+    )
     if not rows:
         raise _no_dead_letter(number)
-    return rows[0]
+    return tuple(rows[0])
 
 
 def _no_dead_letter(number: int) -> DeadLetterError:
@@ -492,7 +504,8 @@ def read_dead_letters(
         number: that one only.
         limit: most rows; -1 for all.
     """
-    rows = connection.execute(
+    rows = query(
+        connection,
         "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
         " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
         " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
@@ -500,7 +513,7 @@ def read_dead_letters(
         " AND (?2 IS NULL OR d.type = ?2) AND (?3 IS NULL OR d.seq = ?3) ORDER BY d.seq LIMIT ?4",
         (subscription, message_type, number, limit),
     )
-    return [DeadLetterRow(*row[:11], bool(row[11]), *row[12:]) for row in rows]  # type: ignore[arg-type]
+    return [DeadLetterRow(*(*row[:11], bool(row[11]), *row[12:])) for row in rows]
 
 
 def _parking_key(delivery: Delivery) -> str | None:

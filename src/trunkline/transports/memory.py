@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Generator, Iterable, Sequence
 from heapq import heappop, heappush
-from zlib import crc32
 
-from trunkline.channel import Channel, Queue, Stream
+from trunkline.channel import Channel, Queue
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError
 from trunkline.transport import LIVE, Address, Backlog, Capabilities, Delivery, Staged, Subscription
@@ -53,17 +52,18 @@ class MemoryTransport:
             channel, message = staged.channel, staged.message
             position = self._position = self._position + 1
             key = message.partitionkey
-            partition = -1
-            if isinstance(channel, Stream):
-                partition = crc32((key or message.id).encode()) % channel.partitions
+            partition = 0 if channel.kind == "stream" else -1
             readers = self._routes.get(channel.name)
             if readers:
                 for reader in readers:
-                    reader.add(Delivery(reader.subscription, message, None, key, position, partition))
+                    reader.add(
+                        Delivery(reader.subscription, message, None, key, position, partition, fresh=staged.fresh)
+                    )
 
-    async def send(self, batch: Sequence[Staged]) -> None:
+    def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Put `batch` into the buffers; see Transport."""
         self.place(batch)
+        return _CONFIRMED
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return what is there; see Transport."""
@@ -92,6 +92,9 @@ class MemoryTransport:
         reader = self._readers[subscription.label]
         return Backlog(reader.waiting() + reader.under_way, reader.under_way)
 
+    async def tidy(self) -> None:
+        """Do nothing: what was handed out is gone already."""
+
     async def drain(self) -> None:
         """Stop handing out; see Transport."""
         for reader in self._readers.values():
@@ -101,6 +104,16 @@ class MemoryTransport:
         """Forget everything."""
         self._readers.clear()
         self._routes.clear()
+
+
+class _Confirmed:
+    """An awaitable that has ended."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return iter(())  # type: ignore[return-value]
+
+
+_CONFIRMED = _Confirmed()
 
 
 class _Reader:

@@ -1,0 +1,84 @@
+"""`trunkline backlog`: how far each subscription is behind.
+
+Read next: embedded.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trunkline.cli import options
+from trunkline.cli.terminal import ago, print_json, stdout, table
+from trunkline.config import Settings, load_settings
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from trunkline.cli.embedded import SubscriptionBacklog
+
+EVERY_S = 1.0
+
+
+def backlog(
+    *,
+    watch: Annotated[bool, typer.Option("--watch", help="Renew the table every second until Ctrl-C.")] = False,
+    transport: options.Transport = None,
+    store: options.Store = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what waits for each subscription.
+
+    Also what is in flight, what is parked for a later try, and what was set aside as a dead letter. Waiting
+    includes what is in flight. A Stream's file does not say what is in flight.
+    """
+    settings = load_settings(transport=transport, store=store)
+    if watch:
+        _watch(settings, as_json=as_json)
+    elif as_json:
+        print_json(_read(settings))
+    else:
+        stdout().print(_table(_read(settings)))
+
+
+def _read(settings: Settings) -> list[SubscriptionBacklog]:
+    from trunkline.cli.embedded import open_both
+    from trunkline.clock import system_clock
+
+    with open_both(settings.transport, settings.store) as (transport, store):
+        return transport.backlogs(store, system_clock.now())
+
+
+def _watch(settings: Settings, *, as_json: bool) -> None:
+    from trunkline.clock import block
+
+    if as_json:
+        import msgspec
+
+        while True:
+            typer.echo(msgspec.json.encode(_read(settings)))
+            block(EVERY_S)
+    from rich.live import Live
+
+    with Live(_table(_read(settings)), console=stdout(), auto_refresh=False) as live:
+        while True:
+            block(EVERY_S)
+            live.update(_table(_read(settings)), refresh=True)
+
+
+def _table(rows: list[SubscriptionBacklog]) -> RenderableType:
+    numbers = ("Waiting", "In flight", "Parked", "Dead", "Oldest")
+    made = table("Subscription", "Kind", *numbers, right=numbers)
+    for row in rows:
+        made.add_row(
+            row.subscription,
+            row.kind,
+            str(row.waiting),
+            "-" if row.in_flight is None else str(row.in_flight),
+            str(row.parked),
+            str(row.dead),
+            "-" if row.oldest_s is None else ago(row.oldest_s),
+            style="red" if row.dead else None,
+        )
+    return made if rows else "no subscriptions in this file"

@@ -1,0 +1,242 @@
+"""`trunkline dead`: look at what was set aside, correct it, give it back or drop it.
+
+Invariant: each act is one commit in the store that running services see at once; nothing acts on a file that
+does not exist. Read next: dead_view.py, dead_edit.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trunkline.cli import options
+from trunkline.cli.dead_view import details, summary_table
+from trunkline.cli.terminal import print_json, stderr, stdout
+from trunkline.config import Settings, load_settings
+from trunkline.errors import DeadLetterError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from trunkline.cli.embedded import EmbeddedFile
+
+app = typer.Typer(
+    help="Look at dead letters, correct them, give them back, drop them.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Numbers = Annotated[
+    list[int] | None, typer.Argument(metavar="NUMBER...", help="As shown by `list`.", show_default=False)
+]
+All = Annotated[bool, typer.Option("--all", help="All that fit --subscription and --type.")]
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="JSON|@FILE", help="The corrected payload.", show_default=False)
+]
+
+
+@app.command("list")
+def list_(
+    *,
+    subscription: options.OnlySubscription = None,
+    message_type: options.OnlyType = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show so many, the oldest first.")] = 50,
+    transport: options.Transport = None,
+    store: options.Store = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List dead letters, oldest first."""
+    with _store_file(load_settings(transport=transport, store=store)) as file:
+        numbers = file.dead_letter_numbers(subscription, message_type)
+        rows = file.dead_letters(subscription, message_type, limit)
+    if as_json:
+        print_json([details(row, with_payload=False) for row in rows])
+    elif not rows:
+        stdout().print("no dead letters")
+    else:
+        stdout().print(summary_table(rows))
+        if len(numbers) > len(rows):
+            stderr().print(f"{len(numbers)} in all; --limit shows more")
+
+
+@app.command()
+def show(
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="As shown by `list`.")],
+    *,
+    transport: options.Transport = None,
+    store: options.Store = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show one dead letter: why, how often it was tried, its envelope and payload, what waits behind it."""
+    from trunkline.cli.dead_view import write
+
+    with _store_file(load_settings(transport=transport, store=store)) as file:
+        row = file.dead_letter(number)
+    if as_json:
+        print_json(details(row, with_payload=True))
+    else:
+        write(row, stdout())
+
+
+@app.command()
+def edit(
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="As shown by `list`.")],
+    *,
+    data: Data = None,
+    message_type: Annotated[
+        str | None, typer.Option("--type", metavar="TYPE", help="Another type; needed for an unreadable envelope.")
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Another partition key in the envelope.")] = None,
+    schema_version: Annotated[
+        int | None, typer.Option("--schema-version", min=1, help="Version of the schema the payload is written in.")
+    ] = None,
+    redrive: Annotated[bool, typer.Option("--redrive", help="Give it back as well, in the same step.")] = False,
+    transport: options.Transport = None,
+    store: options.Store = None,
+) -> None:
+    """Correct a dead letter; it stays set aside until it is redriven, unless --redrive.
+
+    Without --data the payload opens in $VISUAL or $EDITOR. The message keeps its id, so what has handled it
+    does not handle it again. For an unreadable envelope give --type and --data: a new envelope is made.
+    """
+    from trunkline.cli.dead_edit import Change, edited, editor_text, payload_argument
+
+    settings = load_settings(transport=transport, store=store)
+    with _store_file(settings) as file:
+        row = file.dead_letter(number)
+    payload = None if data is None else payload_argument(data)
+    if payload is None and message_type is None and key is None and schema_version is None:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("say what changes: --data JSON, --data @FILE, --type, --key or --schema-version")
+        payload = editor_text(row)
+    envelope, changes = edited(row, Change(payload, message_type, key, schema_version))
+    if not changes and not redrive:
+        typer.echo(f"{number}: nothing changed")
+        return
+    asyncio.run(_store_edit(settings, number, envelope, redrive=redrive))
+    for change in changes:
+        typer.echo(f"{number}: {change}")
+    typer.echo(
+        f"{number}: given back" if redrive else f"{number}: saved; give it back with: trunkline dead redrive {number}"
+    )
+
+
+@app.command()
+def redrive(
+    numbers: Numbers = None,
+    *,
+    everything: All = False,
+    subscription: options.OnlySubscription = None,
+    message_type: options.OnlyType = None,
+    rate: Annotated[float, typer.Option("--rate", min=0.001, help="At most so many per second.")] = 100.0,
+    transport: options.Transport = None,
+    store: options.Store = None,
+) -> None:
+    """Give dead letters back to their subscriptions, as first tries; what waits behind them follows in order."""
+    settings = load_settings(transport=transport, store=store)
+    chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
+    done = asyncio.run(_each(settings, chosen, "redrive", rate))
+    typer.echo(f"{done} given back")
+
+
+@app.command()
+def discard(
+    numbers: Numbers = None,
+    *,
+    everything: All = False,
+    subscription: options.OnlySubscription = None,
+    message_type: options.OnlyType = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    transport: options.Transport = None,
+    store: options.Store = None,
+) -> None:
+    """Drop dead letters for good; what waits behind them goes on without them."""
+    settings = load_settings(transport=transport, store=store)
+    chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
+    if chosen and not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("this drops messages for good; say --yes")
+        typer.confirm(f"Drop {len(chosen)} dead letter{'s' * (len(chosen) != 1)} for good?", abort=True)
+    typer.echo(f"{asyncio.run(_each(settings, chosen, 'discard', None))} dropped")
+
+
+def _store_file(settings: Settings) -> EmbeddedFile:
+    from trunkline.cli.embedded import open_file
+
+    return open_file(settings.store, "--store" if settings.store != settings.transport else "--transport")
+
+
+def _chosen(
+    settings: Settings, numbers: list[int], subscription: str | None, message_type: str | None, *, everything: bool
+) -> list[int]:
+    """Return the numbers to act on.
+
+    Raises: DeadLetterError E601 if one is not there; then nothing is done.
+    """
+    if bool(numbers) == everything:
+        raise typer.BadParameter(
+            "name dead letters by NUMBER, or say --all (with --subscription or --type to narrow it)"
+        )
+    if numbers and (subscription or message_type):
+        raise typer.BadParameter("--subscription and --type narrow --all; they do not go with NUMBER")
+    with _store_file(settings) as file:
+        known = file.dead_letter_numbers(subscription, message_type)
+    if everything:
+        return known
+    missing = [number for number in numbers if number not in known]
+    if missing:
+        raise DeadLetterError(
+            "E601",
+            f"no dead letter {', '.join(map(str, missing))}; nothing was done",
+            'list them with "trunkline dead list"',
+        )
+    return list(dict.fromkeys(numbers))
+
+
+async def _store_edit(settings: Settings, number: int, envelope: bytes, *, redrive: bool) -> None:
+    from trunkline.cli.actions import opened
+
+    async with opened(settings) as (_, store):
+        if redrive:
+            await store.redrive(number, envelope)
+        else:
+            await store.edit_dead_letter(number, envelope)
+
+
+async def _each(settings: Settings, numbers: list[int], act: str, rate: float | None) -> int:
+    """Redrive or discard one by one, `rate` per second; return how many were still there."""
+    from trunkline.cli.actions import opened
+    from trunkline.clock import system_clock
+
+    if not numbers:
+        return 0
+    done = 0
+    async with opened(settings) as (_, store):
+        perform = store.redrive if act == "redrive" else store.discard_dead_letter
+        began = system_clock.monotonic()
+        with _progress(act) as progress:
+            task = progress.add_task(act, total=len(numbers))
+            for count, number in enumerate(numbers):
+                if rate is not None:
+                    early = began + count / rate - system_clock.monotonic()
+                    if early > 0:
+                        await system_clock.sleep(early)
+                try:
+                    await perform(number)
+                    done += 1
+                except DeadLetterError:
+                    # Listed a moment ago: someone else has treated it since, which is no failure of ours.
+                    stderr().print(f"{number} is gone meanwhile")
+                progress.advance(task)
+    return done
+
+
+def _progress(act: str) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = stderr()
+    return Progress(
+        TextColumn(act), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip

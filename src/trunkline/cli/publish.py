@@ -1,0 +1,195 @@
+"""`trunkline publish`: messages from the command line, as the declared type would make them.
+
+Invariant: everything is decoded as its type before anything is sent; then all of it is sent as one batch, so
+a wrong line publishes nothing. Read next: actions.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trunkline.cli import options
+from trunkline.cli.target import Target, load_target
+from trunkline.cli.terminal import print_json, stderr
+from trunkline.config import Settings, load_settings
+from trunkline.errors import DecodeError, PublishError, UnroutableError
+
+if TYPE_CHECKING:
+    from trunkline.channel import MessageType
+    from trunkline.transport import Staged
+
+_WAIT = re.compile(r"\+?(\d+(?:\.\d+)?)(ms|s|min|m|h|d)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+LINES = (".jsonl", ".ndjson")
+
+
+def publish(  # noqa: PLR0913 - one parameter per option
+    target: Annotated[str, typer.Argument(metavar="[MODULE:OBJECT]", help="Default: `app` in trunkline.toml.")],
+    type_name: Annotated[
+        str, typer.Argument(metavar="TYPE", help="Name such as order.created, or class OrderCreated.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATA",
+            help="JSON; @FILE: one document from a file (.jsonl, .ndjson: one per line); -: one per line of stdin.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    key: Annotated[
+        str | None, typer.Option("--key", help="Partition key, where it is not the type's key field.")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="TIME", help="Publish then: 2026-01-31T12:00:00Z, or +30s, +10m, +2h.")
+    ] = None,
+    priority: Annotated[int, typer.Option("--priority", min=0, max=9, help="0 to 9; queues with priority only.")] = 0,
+    transport: options.Transport = None,
+    store: options.Store = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Publish messages of one type.
+
+    Their ids are printed. DATA is checked by decoding it as the declared type. Nothing is sent unless all of it fits.
+    """
+    if data is None:  # MODULE:OBJECT was left out
+        target, type_name, data = "", target, type_name
+    settings = load_settings(transport=transport, store=store, app=target or None)
+    found = load_target(settings)
+    declared = find_type(type_name)
+    if priority and not getattr(declared.channel, "priority", False):
+        raise PublishError(
+            "E308",
+            f"--priority on {declared.channel.kind} {declared.channel.name!r}",
+            "only a Queue(priority=True) has it",
+        )
+    staged = _staged(declared, _documents(data), found, key=key, at=at, priority=priority)
+    if not staged:
+        stderr().print("nothing to publish: no data")
+        return
+    asyncio.run(_send(_places(settings, found), staged))
+    ids = [item.message.id for item in staged]
+    if as_json:
+        print_json({"type": declared.name, "channel": declared.channel.name, "ids": ids})
+    else:
+        typer.echo("\n".join(ids))
+
+
+def find_type(name: str) -> MessageType:
+    """Return what is declared as CloudEvents type or class `name` in the imported modules.
+
+    Raises: UnroutableError E309 if nothing is, E310 if several are.
+    """
+    from trunkline.channel import message_types
+
+    known = message_types()
+    found = [declared for declared in known if name in (declared.name, declared.cls.__name__)]
+    if not found:
+        names = ", ".join(sorted(declared.name for declared in known)) or "none"
+        raise UnroutableError("E309", f"no message type {name!r}", f"declared are: {names}")
+    if len(found) > 1:
+        where = ", ".join(
+            f"{declared.cls.__module__}.{declared.cls.__name__} on {declared.channel.name}" for declared in found
+        )
+        raise UnroutableError(
+            "E310", f"{name!r} is declared several times: {where}", "use the one of the two names that differs"
+        )
+    return found[0]
+
+
+def due(text: str) -> datetime | timedelta:
+    """Read a time with zone, or a wait such as `+10m`.
+
+    Raises: PublishError E306.
+
+    >>> due("+90s")
+    datetime.timedelta(seconds=90)
+    """
+    if match := _WAIT.fullmatch(text.strip()):
+        return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        raise PublishError(
+            "E306", f"--at {text!r}", "a time with zone such as 2026-01-31T12:00:00Z, or a wait such as +30s"
+        )
+    return at
+
+
+def _documents(data: str) -> list[tuple[str, bytes]]:
+    """Return (place for errors, JSON) of what DATA stands for."""
+    if data == "-":
+        return _lines("line", sys.stdin.buffer.read())
+    if not data.startswith("@"):
+        return [("DATA", data.encode())]
+    path = Path(data[1:])
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PublishError("E311", f"{path} cannot be read: {error.strerror}", "name a file of JSON") from error
+    return _lines(f"{path} line", content) if path.suffix in LINES else [(str(path), content)]
+
+
+def _lines(place: str, content: bytes) -> list[tuple[str, bytes]]:
+    return [(f"{place} {number}", line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
+def _staged(
+    declared: MessageType,
+    documents: list[tuple[str, bytes]],
+    target: Target,
+    *,
+    key: str | None,
+    at: str | None,
+    priority: int,
+) -> list[Staged]:
+    from trunkline.clock import system_clock
+    from trunkline.handler import due_time, make_message
+    from trunkline.message import Message
+    from trunkline.transport import Staged
+
+    due_at = None if at is None else due_time(due(at), system_clock.now())
+    attributes = {"priority": priority} if priority else {}
+    staged: list[Staged] = []
+    for place, document in documents:
+        draft = Message("", declared.name, "", document, 0.0, schemaversion=declared.version)
+        try:
+            payload: Any = declared.decode(draft)
+        except DecodeError as error:
+            raise DecodeError(error.code, f"{place}: {error.message}", error.hint or _fields(declared)) from error
+        made = make_message(payload, system_clock, target.system.name, None, key, None, dict(attributes))
+        staged.append(made if due_at is None else Staged(made.channel, made.message, due_at))
+    return staged
+
+
+def _fields(declared: MessageType) -> str:
+    from typing import get_type_hints
+
+    hints = get_type_hints(declared.cls)
+    return "fields: " + ", ".join(f"{name}: {getattr(hint, '__name__', hint)}" for name, hint in hints.items())
+
+
+def _places(settings: Settings, target: Target) -> Settings:
+    """Return where to publish: an App says so itself."""
+    if target.app is None:
+        return settings
+    return Settings(target.app.transport_url, target.app.store_url, settings.app, settings.origin)
+
+
+async def _send(settings: Settings, staged: list[Staged]) -> None:
+    from trunkline.cli.actions import commit, opened
+
+    async with opened(settings, [staged[0].channel]) as (transport, store):
+        if staged[0].due is None:
+            await transport.send(staged)
+        else:
+            await commit(store, staged)

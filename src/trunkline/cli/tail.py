@@ -1,0 +1,142 @@
+"""`trunkline tail`: the messages of a channel as they come.
+
+Invariant: reading changes nothing: no offset moves, nothing is taken from a queue. Read next: embedded.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trunkline.cli import completion, options
+from trunkline.cli.terminal import printable
+from trunkline.config import load_settings
+
+if TYPE_CHECKING:
+    from trunkline.cli.embedded import EmbeddedFile, StoredChannel, StoredMessage
+    from trunkline.message import Message
+
+LOOK_S = 0.05
+PAGE = 500
+SEEN = 10_000
+"""How many ids of a Topic are remembered, to show a message with several subscriptions once."""
+
+
+def tail(
+    channel: Annotated[
+        str, typer.Argument(metavar="CHANNEL", help="Such as order-events.", autocompletion=completion.channels)
+    ],
+    *,
+    from_start: Annotated[
+        bool, typer.Option("--from-start", help="Begin with the oldest message of a Stream.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Stop after so many messages.")] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for more at the end.")] = True,
+    transport: options.Transport = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One CloudEvents JSON document per line.")] = False,
+) -> None:
+    """Show the messages of a channel.
+
+    One line each: time in UTC, type, key, payload.
+
+    Of a Stream it shows what is published from now on, with --from-start everything kept. Of a Queue or Topic it
+    shows what waits, then what comes; a message that is handled at once may be gone before it is seen.
+
+    Reading changes nothing. End with Ctrl-C.
+    """
+    from trunkline.cli.embedded import open_file
+
+    with open_file(load_settings(transport=transport).transport) as file:
+        found = file.channel(channel)
+        begin = 0 if from_start or not follow or found.kind != "stream" else file.last_position()
+        for count, stored in enumerate(_messages(file, found, begin, follow=follow), 1):
+            line = _as_json(stored) if as_json else _line(stored)
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+            if count == limit:
+                return
+
+
+def _messages(file: EmbeddedFile, channel: StoredChannel, after: int, *, follow: bool) -> Iterator[StoredMessage]:
+    from trunkline.clock import block
+
+    seen: deque[str] = deque(maxlen=SEEN)
+    while True:
+        version = file.version()
+        page = file.read(channel, after, PAGE)
+        for stored in page:
+            after = stored.position
+            if channel.kind != "topic" or _is_new(stored, seen):
+                yield stored
+        if len(page) == PAGE:
+            continue
+        if not follow:
+            return
+        while file.version() == version:
+            block(LOOK_S)
+
+
+def _is_new(stored: StoredMessage, seen: deque[str]) -> bool:
+    message = read(stored.raw)
+    if message is None:
+        return True
+    if message.identity in seen:
+        return False
+    seen.append(message.identity)
+    return True
+
+
+def read(raw: bytes) -> Message | None:
+    """Return the message of an envelope, or None if it is unreadable."""
+    import msgspec
+
+    from trunkline.message import unpack
+
+    try:
+        return unpack(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def payload_line(message: Message) -> str:
+    """Return a payload on one line: text as it is, other bytes as hexadecimal digits."""
+    try:
+        return printable(message.data.decode())
+    except UnicodeDecodeError:
+        return f"0x{message.data.hex()}"
+
+
+def clock_time(seconds: float) -> str:
+    """Return a time in UTC to the millisecond, or what stands there if it is none."""
+    from trunkline.message import format_time
+
+    try:
+        return f"{format_time(seconds)[:-4]}Z"
+    except (ValueError, OverflowError, OSError):
+        return f"time {seconds!r}"
+
+
+def _line(stored: StoredMessage) -> str:
+    message = read(stored.raw)
+    if message is None:
+        return f"position {stored.position}: unreadable, {len(stored.raw)} bytes 0x{stored.raw[:64].hex()}"
+    key = "-" if message.partitionkey is None else printable(message.partitionkey)
+    parts = ((clock_time(message.time), "bright_black"), (printable(message.type), "cyan"), (key, "green"))
+    coloured = sys.stdout.isatty()
+    shown = [typer.style(text, fg=colour) if coloured else text for text, colour in parts]
+    return "  ".join((*shown, payload_line(message)))
+
+
+def _as_json(stored: StoredMessage) -> str:
+    import msgspec
+
+    from trunkline.message import to_structured
+
+    message = read(stored.raw)
+    if message is None:
+        return msgspec.json.encode({"position": stored.position, "unreadable": stored.raw.hex()}).decode()
+    return to_structured(msgspec.structs.replace(message, sequence=str(stored.position))).decode()
