@@ -369,6 +369,7 @@ def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
         f"{demo.figures.ended:,} orders ended in {demo.took_s:.1f} s, {demo.figures.ended / demo.took_s:.0f} per second,"
         f" with {sum(child.kills for child in shop.services.values())} kills; all services stopped.\n",
         highlight=False,
+        soft_wrap=True,
     )
     holds = audit(shop.folder, console)
     if options.keep:

@@ -180,6 +180,7 @@ class App:
                 hooks=self.hooks,
                 clock=self.clock,
                 settled=consumer.settled,
+                holds=options.after_dead_letter == "hold",
             )
         )
         return consumer

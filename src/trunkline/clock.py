@@ -15,6 +15,7 @@ import threading as _threading
 import time as _time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class Clock:
         self._rng = _random.Random()  # noqa: S311 - jitter, not secrets
         self._id_ms = -1
         self._id_head = ""
-        self._counter = 0
+        self._counter = count()
         os.register_at_fork(after_in_child=self._forget_ids)
 
     now: Callable[[], float] = staticmethod(_time.time)
@@ -67,10 +68,9 @@ class Clock:
             entropy = int.from_bytes(os.urandom(10), "big")
             variant = 0x8000 | ((entropy >> 48) & 0x3FFF)
             self._id_head = f"{text[:8]}-{text[8:]}-7{entropy >> 68:03x}-{variant:04x}-"
-            self._counter = entropy & 0x7FFF_FFFF_FFFF
-        else:
-            self._counter += 1
-        return f"{self._id_head}{self._counter:012x}", now
+            self._counter = count(entropy & 0x7FFF_FFFF_FFFF)
+        # next() is one step for all threads, an addition would not be.
+        return f"{self._id_head}{next(self._counter):012x}", now
 
     def new_id(self) -> str:
         """Return a UUIDv7; see `stamp`."""
@@ -149,9 +149,16 @@ system_clock = Clock()
 async def offload(function: Callable[..., T], *args: Any) -> T:
     """Run a blocking function in a worker thread; the only way to a thread.
 
+    A thread cannot be interrupted: when the caller is cancelled, the cancellation takes effect after `function`
+    has ended, so that nothing of it goes on unseen.
     Raises: whatever `function` raises.
     """
-    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+    future = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 block: Callable[[float], None] = _time.sleep

@@ -96,6 +96,8 @@ class Consumer:
 
     async def drain(self, grace_s: float) -> None:
         """Let what is under way finish for up to `grace_s` seconds, then cancel it; its messages come again."""
+        self._under_way -= self.lanes.forget_waiting() + len(self._gathered)
+        self._gathered.clear()
         try:
             async with asyncio.timeout(grace_s):
                 await self._empty()
@@ -192,6 +194,9 @@ class Consumer:
 
     async def _run_alone(self, delivery: Delivery) -> None:
         async with self._alone:
+            if self._batch:
+                await self.deliverer.deliver_batch([delivery])
+                return
             await self.lanes.idle()
             self._run([delivery])
             await self.lanes.idle()
@@ -205,10 +210,12 @@ class Consumer:
         else:
             self.lanes.add(deliveries)
 
-    def run_parked(self, deliveries: list[Delivery]) -> None:
-        """Run parked messages that are due."""
+    async def run_parked(self, deliveries: list[Delivery]) -> None:
+        """Run parked messages that are due; each try is counted, for one may take the process down."""
         self._under_way += len(deliveries)
-        self._run(self._without_known(deliveries, deliveries))
+        fresh = self._without_known(deliveries, deliveries)
+        if fresh:
+            self._run(await self._admit_suspects(fresh))
 
     async def _run_batches(self) -> None:
         options = self._options.batch
@@ -259,7 +266,9 @@ class Consumer:
             return  # the engine has stopped; the service stops with it
         if not self._redo:
             log.warning("%s: the store refused a commit, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
+            # What runs now was started after the messages that are done again: it comes after them.
             self.deliverer.epoch += 1
+            self.lanes.pause()
             self._clock.call_later(AGAIN_S, self._do_again)
         self._redo += unit.deliveries
 
@@ -280,3 +289,4 @@ class Consumer:
             self._gathering.set()
         else:
             self.lanes.add_first(redo)
+        self.lanes.resume()

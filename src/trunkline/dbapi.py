@@ -6,10 +6,13 @@ Source: PEP 249. Read next: stores/sqlite.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apsw
+
+from trunkline.errors import TransactionError
 
 apilevel = "2.0"
 threadsafety = 1
@@ -18,6 +21,8 @@ sqlite_version_info = tuple(int(part) for part in apsw.sqlite_lib_version().spli
 sqlite_version = apsw.sqlite_lib_version()
 
 Binary = bytes
+
+_ENDS = re.compile(r"\s*(BEGIN|COMMIT|END|ROLLBACK(?!\s+(TRANSACTION\s+)?TO\b))\b", re.IGNORECASE)
 
 
 class Error(Exception):
@@ -60,8 +65,65 @@ class NotSupportedError(DatabaseError):
     """PEP 249 NotSupportedError."""
 
 
+class ApswTransaction:
+    """The handler's open transaction on an apsw connection: the Transaction of the SQLite stores.
+
+    Args:
+        connection: with the transaction open.
+        failed: gives what to raise for an error of apsw; the error itself, or the device's failure.
+    """
+
+    def __init__(
+        self, connection: apsw.Connection, failed: Callable[[apsw.Error], Exception] = lambda error: error
+    ) -> None:
+        self._open: apsw.Connection | None = connection
+        self.failed = failed
+
+    def end(self) -> None:
+        """Refuse further statements."""
+        self._open = None
+
+    def raw(self, sql: str = "") -> apsw.Connection:
+        """Return the connection for a statement.
+
+        Raises: TransactionError E509 after the handler, E510 for a statement that would end the transaction.
+        """
+        if self._open is None:
+            raise TransactionError("E509", "the transaction ended with its handler", "use it before the handler returns")
+        if _ENDS.match(sql):
+            raise TransactionError(
+                "E510",
+                f"{sql.split(None, 1)[0].upper()} inside the unit of work",
+                "the unit commits when the handler returns and is undone when it raises; SAVEPOINT is allowed",
+            )
+        return self._open
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement; return the number of rows it changed."""
+        connection = self.raw(sql)
+        before = connection.total_changes()
+        try:
+            connection.execute(sql, parameters)
+        except apsw.Error as error:
+            raise self.failed(error) from None
+        return connection.total_changes() - before
+
+    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one query; return its rows."""
+        connection = self.raw(sql)
+        try:
+            return connection.execute(sql, parameters).fetchall()
+        except apsw.Error as error:
+            raise self.failed(error) from None
+
+    def connection(self) -> Connection:
+        """Return a DB-API 2.0 connection on this transaction."""
+        return Connection(self)
+
+
 class Connection:
-    """The transaction as a connection, with the shortcuts of `sqlite3.Connection`."""
+    """The transaction as a connection, with the shortcuts of `sqlite3.Connection`.
+    """
 
     Error = Error
     IntegrityError = IntegrityError
@@ -69,12 +131,12 @@ class Connection:
     ProgrammingError = ProgrammingError
     isolation_level = None
 
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._connection = connection
+    def __init__(self, transaction: ApswTransaction) -> None:
+        self._transaction = transaction
 
     def cursor(self) -> Cursor:
         """Return a new cursor."""
-        return Cursor(self._connection)
+        return Cursor(self._transaction)
 
     def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Cursor:
         """Run one statement on a new cursor."""
@@ -95,7 +157,7 @@ class Connection:
 
     def create_function(self, name: str, arguments: int, function: Any, *, deterministic: bool = False) -> None:
         """Register a SQL function (SQLAlchemy registers `regexp` so)."""
-        self._connection.create_scalar_function(name, function, arguments, deterministic=deterministic)
+        self._transaction.raw().create_scalar_function(name, function, arguments, deterministic=deterministic)
 
 
 class Cursor:
@@ -103,8 +165,8 @@ class Cursor:
 
     arraysize = 1
 
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._connection = connection
+    def __init__(self, transaction: ApswTransaction) -> None:
+        self._transaction = transaction
         self._rows: Iterator[tuple[Any, ...]] = iter(())
         self.description: list[tuple[Any, ...]] | None = None
         self.rowcount = -1
@@ -112,15 +174,16 @@ class Cursor:
 
     def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Cursor:
         """Run one statement."""
-        return self._run(lambda cursor: cursor.execute(sql, parameters))
+        return self._run(sql, lambda cursor: cursor.execute(sql, parameters))
 
     def executemany(self, sql: str, rows: Sequence[Sequence[Any]]) -> Cursor:
         """Run one statement for each row."""
-        return self._run(lambda cursor: cursor.executemany(sql, rows))
+        return self._run(sql, lambda cursor: cursor.executemany(sql, rows))
 
-    def _run(self, call: Any) -> Cursor:
-        before = self._connection.total_changes()
-        cursor = self._connection.cursor()
+    def _run(self, sql: str, call: Any) -> Cursor:
+        connection = self._transaction.raw(sql)
+        before = connection.total_changes()
+        cursor = connection.cursor()
         columns: list[str] = []
 
         def note_columns(started: apsw.Cursor, _sql: str, _bindings: Any) -> bool:
@@ -135,11 +198,12 @@ class Cursor:
         except (apsw.SQLError, apsw.BindingsError) as error:
             raise OperationalError(str(error)) from error
         except apsw.Error as error:
-            raise DatabaseError(str(error)) from error
+            failure = self._transaction.failed(error)
+            raise (DatabaseError(str(error)) if failure is error else failure) from error
         self._rows = iter(rows)
         self.description = [(name, None, None, None, None, None, None) for name in columns] or None
-        self.rowcount = -1 if columns else self._connection.total_changes() - before
-        self.lastrowid = self._connection.last_insert_rowid()
+        self.rowcount = -1 if columns else connection.total_changes() - before
+        self.lastrowid = connection.last_insert_rowid()
         return self
 
     def fetchone(self) -> tuple[Any, ...] | None:

@@ -91,6 +91,7 @@ class Deliverer:
         routes: CloudEvents type → Route.
         every: Route for a handler that takes every Message, or None.
         settled: called when a unit is committed, or with the error that undid it.
+        holds: whether a dead letter keeps the later messages of its key waiting.
     """
 
     def __init__(  # noqa: PLR0913 - wired by app only
@@ -105,6 +106,7 @@ class Deliverer:
         hooks: Hooks,
         clock: Clock,
         settled: Callable[[Unit, BaseException | None], None],
+        holds: bool,
     ) -> None:
         self._subscription = subscription
         self._source = service
@@ -116,6 +118,7 @@ class Deliverer:
         self._hooks = hooks
         self._clock = clock
         self._settled = settled
+        self._holds = holds
         self._strict = subscription.channel.kind == "queue"
         self._log = logging.getLogger(f"trunkline.handler.{service}")
         self.epoch = 0
@@ -279,6 +282,8 @@ class Deliverer:
 
     def settle(self, unit: Unit, outcome: Outcome) -> None:
         """Act on an outcome: the only place that does. The store commits it with the next group."""
+        if isinstance(outcome, DeadLetter) and not self._holds:
+            outcome = msgspec.structs.replace(outcome, holds=False)
         unit.outcome = outcome
         for delivery in unit.deliveries:
             if outcome is ACK and delivery.row == LIVE:

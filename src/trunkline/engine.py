@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -94,10 +94,11 @@ class Engine:
         reader: read-only connection; sees what is committed.
     """
 
-    def __init__(self, path: str, clock: Clock, vfs: str | None = None) -> None:
+    def __init__(self, path: str, clock: Clock, vfs: str | None = None, lease_s: float = LEASE_S) -> None:
         self.path = path
         self.clock = clock
         self.vfs = vfs
+        self.lease_s = lease_s
         self.users = 0
         self.process = 0
         self.stages: list[Stage] = []
@@ -108,6 +109,7 @@ class Engine:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._applied: list[Unit] = []
         self._applied_jobs: list[_Job] = []
+        self._device_error: apsw.Error | None = None
         self._phase = "idle"  # idle | locking | open | held | committing
         self._scheduled = False
         self._opened_at = 0.0
@@ -244,6 +246,13 @@ class Engine:
             )  # fmt: skip
         writer = self._writer
         self._phase = "open"
+        if not writer.in_transaction:
+            # The disk was full or failed under a statement of the handler: SQLite undid the whole group by itself.
+            if unit is not None:
+                self._applied.append(unit)
+            error, self._device_error = self._device_error, None
+            self._fail_group(error or apsw.FullError("the transaction was undone under its handler"))
+            return
         # Checked here and not at COMMIT, where it would undo the units of others too.
         broken = unit is not None and writer.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]
         if unit is None or broken:
@@ -261,6 +270,13 @@ class Engine:
             self._fail_group(error)
         else:
             self._proceed()
+
+    def statement_failed(self, error: apsw.Error) -> Exception:
+        """Return what to raise in the handler whose statement met `error`: the device's failure, or `error` itself."""
+        if not isinstance(error, _DEVICE_ERRORS):
+            return error
+        self._device_error = error
+        return _translate(error, self.path)
 
     # --- the group: begin, apply, commit ---
 
@@ -318,14 +334,19 @@ class Engine:
                 self._fail(LeaseLostError("E505", f"process {self.process} was taken over", "restart it"))
                 return False
             (version,) = query(self._writer, "PRAGMA data_version")[0]
+            if version != self._data_version:
+                self._look_around(version)
         except apsw.Error as error:
             self._fail_group(error)
             return False
-        if version != self._data_version:
-            self._data_version = version
-            for stage in self.stages:
-                stage.foreign_change()
         return True
+
+    def _look_around(self, version: int) -> None:
+        """Tell the stages that another process has committed."""
+        self._data_version = -1  # looked at again if a stage cannot read now
+        for stage in self.stages:
+            stage.foreign_change()
+        self._data_version = version
 
     def _proceed(self) -> None:
         """With the transaction open and nobody holding it: apply, let waiters in, commit."""
@@ -348,7 +369,6 @@ class Engine:
             for job in jobs:
                 self._apply_job(job)
         except apsw.Error as error:
-            self._applied += units
             self._applied_jobs += jobs
             self._fail_group(error)
             return False
@@ -356,6 +376,7 @@ class Engine:
 
     def _apply_units(self, units: list[Unit]) -> None:
         writer = self._writer
+        self._applied += units
         writer.execute("SAVEPOINT units")
         try:
             for stage in self.stages:
@@ -366,7 +387,6 @@ class Engine:
             for unit in units:
                 self._apply_one(unit)
         writer.execute("RELEASE units")
-        self._applied += units
 
     def _apply_one(self, unit: Unit) -> None:
         writer = self._writer
@@ -520,15 +540,15 @@ class Engine:
                 stage.foreign_change()
 
     def _is_dead(self, number: int, beat: float, now: float) -> bool:
-        return number != self.process and (beat < now - LEASE_S or not self._lock.held_by_another(number))
+        return number != self.process and (beat < now - self.lease_s or not self._lock.held_by_another(number))
 
     async def _keep_lease(self) -> None:
         last_beat = self.clock.now()
         while self.failure is None:
-            await self.clock.sleep(1.0)
+            await self.clock.sleep(min(1.0, self.lease_s * 0.1))
             now = self.clock.now()
             try:
-                if now - last_beat > LEASE_S * 0.3:
+                if now - last_beat > self.lease_s * 0.3:
                     last_beat = now
                     await self.run(
                         lambda c, at=now: c.execute(  # type: ignore[misc]
@@ -538,6 +558,8 @@ class Engine:
                 await self.sweep()
             except TransportError as error:
                 log.warning("keeping the lease of %s failed: %s", self.path, error)
+            except apsw.Error as error:
+                self._cannot_read(error)
 
     async def _watch(self) -> None:
         """Notice commits by other processes."""
@@ -547,14 +569,26 @@ class Engine:
             if self._phase != "idle":
                 wait_s = POLL_MIN_S
                 continue
-            (version,) = query(self._writer, "PRAGMA data_version")[0]
-            if version == self._data_version:
-                wait_s = min(wait_s * 1.3, POLL_MAX_S)
-                continue
+            try:
+                (version,) = query(self._writer, "PRAGMA data_version")[0]
+                if version == self._data_version:
+                    wait_s = min(wait_s * 1.3, POLL_MAX_S)
+                    continue
+                self._look_around(version)
+            except apsw.Error as error:
+                self._cannot_read(error)
             wait_s = POLL_MIN_S
-            self._data_version = version
-            for stage in self.stages:
-                stage.foreign_change()
+
+    def _cannot_read(self, error: apsw.Error) -> None:
+        """Stop for good if the disk failed; else (another process recovers the file) look again soon."""
+        failure = _translate(error, self.path)
+        if isinstance(failure, FatalStoreError):
+            self._fail(failure)
+        else:
+            log.warning("%s cannot be read now, again soon: %s", self.path, error)
+
+
+_DEVICE_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError)
 
 
 def _translate(error: BaseException, path: str) -> TransportError:
@@ -581,16 +615,20 @@ def query(connection: apsw.Connection, sql: str, parameters: Sequence[Any] = ())
 _engines: dict[tuple[int, str], Engine] = {}
 
 
-async def open_engine(path: str, clock: Clock, vfs: str | None = None) -> Engine:
+async def open_engine(path: str, clock: Clock, options: Mapping[str, str]) -> Engine:
     """Return this process's Engine of `path`, opened; `close_engine` gives it back.
 
     Two connections of one process on one file would share and lose POSIX locks, so there is one.
+
+    Args:
+        options: of the URL: `vfs`, name of a registered SQLite VFS; `lease_s`, see LEASE_S, the same in all processes.
+    Raises: ConfigurationError E209 for a `lease_s` that is no number above 0; see also Engine.open.
     """
     resolved = os.path.realpath(path)  # noqa: ASYNC240 - once, at start
     key = (id(asyncio.get_running_loop()), resolved)
     engine = _engines.get(key)
     if engine is None:
-        engine = _engines[key] = Engine(resolved, clock, vfs)
+        engine = _engines[key] = Engine(resolved, clock, options.get("vfs"), _lease_s(options))
         try:
             await engine.open()
         except BaseException:
@@ -598,6 +636,17 @@ async def open_engine(path: str, clock: Clock, vfs: str | None = None) -> Engine
             raise
     engine.users += 1
     return engine
+
+
+def _lease_s(options: Mapping[str, str]) -> float:
+    text = options.get("lease_s", str(LEASE_S))
+    try:
+        lease_s = float(text)
+    except ValueError:
+        lease_s = 0.0
+    if not 0 < lease_s < float("inf"):
+        raise ConfigurationError("E209", f"lease_s is {text!r}", "a number of seconds above 0, such as 30")
+    return lease_s
 
 
 async def close_engine(engine: Engine) -> None:

@@ -10,6 +10,7 @@ TrunklineError
 ├── TransportError       E5xx  the broker or file did not answer
 │   ├── StoreFullError         no room left; nothing was stored
 │   ├── FatalStoreError        the disk reported a failed write or sync; the process must stop
+│   ├── TransactionError       a statement that the handler's transaction cannot take
 │   └── LeaseLostError         another process took over; the commit was refused
 ├── DeadLetterError      E6xx  a dead letter cannot be found or treated
 └── HandlerSignal              raised by a handler to choose the outcome itself
@@ -91,6 +92,12 @@ class FatalStoreError(TransportError):
 
     Source: after a failed fsync the kernel may drop dirty pages, so a later success proves nothing.
     """
+
+    retryable = False
+
+
+class TransactionError(TransportError):
+    """A statement that the handler's transaction cannot take."""
 
     retryable = False
 

@@ -66,6 +66,7 @@ class Lanes:
         self._resting: list[asyncio.Future[None]] = []
         self._awake = 0
         self._suspended = 0
+        self._paused = False
         self._idle: asyncio.Future[None] | None = None
         self.failure: Callable[[BaseException], None] | None = None
 
@@ -83,6 +84,23 @@ class Lanes:
         """Run `deliveries`, in their order, before those that wait."""
         self._ready.extendleft(reversed(list(deliveries)))
         self._wake_one()
+
+    def pause(self) -> None:
+        """Start nothing more until `resume`; what runs goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on."""
+        self._paused = False
+        self._wake_one()
+
+    def forget_waiting(self) -> int:
+        """Forget what has not started; return how many."""
+        count = self.waiting
+        self._ready.clear()
+        for lane in self._busy.values():
+            lane.clear()
+        return count
 
     async def idle(self) -> None:
         """Wait until nothing runs or waits."""
@@ -102,7 +120,7 @@ class Lanes:
 
     def _wake_one(self) -> None:
         """See that somebody has the floor while something is ready."""
-        if self._awake or not self._ready:
+        if self._awake or self._paused or not self._ready:
             return
         if self._resting:
             self._awake += 1
@@ -120,7 +138,7 @@ class Lanes:
     async def _work(self) -> None:
         ready, busy, deliver = self._ready, self._busy, self._deliver
         while True:
-            while ready:
+            while ready and not self._paused:
                 delivery = ready.popleft()
                 key = delivery.key
                 if busy and key in busy:

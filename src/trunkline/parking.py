@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from trunkline.clock import Clock
@@ -42,7 +42,7 @@ class Parking:
         transport: Transport,
         clock: Clock,
         hooks: Hooks,
-        run: Callable[[list[Delivery]], None],
+        run: Callable[[list[Delivery]], Awaitable[None]],
         limit: int,
     ) -> None:
         self._subscription = subscription
@@ -138,10 +138,11 @@ class Parking:
         now = self._clock.now()
         found, next_due = await self._store.parked_due(self._subscription, self._owns, now, 100, self._running)
         for delivery in found:
+            delivery.suspect = True
             if delivery.partition >= 0 and delivery.key is not None:
                 self._running.add(delivery.key)
         if found:
-            self._run(found)
+            await self._run(found)
         return next_due
 
     def _emit(self, kind: str, reason: str) -> None:

@@ -74,6 +74,9 @@ class Transaction(Protocol):
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query; return its rows."""
 
+    def end(self) -> None:
+        """Refuse further statements: the unit of work is over."""
+
     def connection(self) -> Any:
         """Return a DB-API 2.0 connection on this transaction, for SQLAlchemy and existing code."""
 

@@ -1,4 +1,4 @@
-"""E-mail through aiosmtplib, on one connection that stays open.
+"""E-mail through aiosmtplib, on a few connections that stay open.
 
 Invariant: the Message-ID follows from the id of the message that asks for the mail. When the
 connection breaks after the text was handed over, nobody can know whether the server took it; it is
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 TIMEOUT_S = 10.0
+CONNECTIONS = 4
+"""A mail takes four round trips, one after the other, so one connection is soon the narrowest place."""
 
 
 class Mail:
@@ -48,15 +50,21 @@ class Mail:
             )
         self._sender = sender
         self._domain = sender.rpartition("@")[2]
-        self._one_at_a_time = asyncio.Lock()
-        self._smtp = aiosmtplib.SMTP(
-            hostname=parts.hostname,
-            port=parts.port,
-            username=unquote(parts.username) if parts.username else None,
-            password=unquote(parts.password) if parts.password else None,
-            use_tls=parts.scheme == "smtps",
-            timeout=TIMEOUT_S,
-        )
+        # Last in, first out: with little to send only one connection is ever opened.
+        self._idle: asyncio.LifoQueue[aiosmtplib.SMTP] = asyncio.LifoQueue()
+        self._all = [
+            aiosmtplib.SMTP(
+                hostname=parts.hostname,
+                port=parts.port,
+                username=unquote(parts.username) if parts.username else None,
+                password=unquote(parts.password) if parts.password else None,
+                use_tls=parts.scheme == "smtps",
+                timeout=TIMEOUT_S,
+            )
+            for _ in range(CONNECTIONS)
+        ]
+        for smtp in self._all:
+            self._idle.put_nowait(smtp)
 
     async def send(self, *, message_id: str, to: str, subject: str, text: str) -> str:
         """Hand one mail to the server and return its Message-ID.
@@ -73,12 +81,14 @@ class Mail:
         """
         full_id = f"<{message_id}@{self._domain}>"
         content = self._composed(full_id, to, subject, text)
-        async with self._one_at_a_time:
-            try:
-                await self._handed_over(to, content)
-            except aiosmtplib.SMTPServerDisconnected:
-                # The server closed an idle connection, or was restarted: once more, on a new one.
-                await self._handed_over(to, content)
+        smtp = await self._idle.get()
+        try:
+            await self._handed_over(smtp, to, content)
+        except aiosmtplib.SMTPServerDisconnected:
+            # The server closed an idle connection, or was restarted: once more, on a new one.
+            await self._handed_over(smtp, to, content)
+        finally:
+            self._idle.put_nowait(smtp)
         return full_id
 
     def _composed(self, full_id: str, to: str, subject: str, text: str) -> bytes:
@@ -97,23 +107,24 @@ class Mail:
             mail[name] = value
         return mail.as_bytes()
 
-    async def _handed_over(self, to: str, content: bytes) -> None:
+    async def _handed_over(self, smtp: aiosmtplib.SMTP, to: str, content: bytes) -> None:
         try:
-            if not self._smtp.is_connected:
-                await self._smtp.connect()
-            await self._smtp.sendmail(self._sender, [to], content)
+            if not smtp.is_connected:
+                await smtp.connect()
+            await smtp.sendmail(self._sender, [to], content)
         except aiosmtplib.SMTPResponseException:
             # The server answered: the conversation is in step and can go on.
             raise
         except BaseException:
             # Timed out or cancelled midway: an answer may still come, and would be taken for the
             # next command's.
-            self._smtp.close()
+            smtp.close()
             raise
 
     async def close(self) -> None:
-        """Close the connection."""
-        self._smtp.close()
+        """Close the connections."""
+        for smtp in self._all:
+            smtp.close()
 
 
 async def open_mail() -> AsyncIterator[Mail]:

@@ -16,7 +16,7 @@ import apsw
 import msgspec
 
 from trunkline.clock import Clock
-from trunkline.dbapi import Connection
+from trunkline.dbapi import ApswTransaction
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
@@ -149,10 +149,12 @@ class MemoryStore:
         except BaseException:
             self._lock.release()
             raise
-        unit.transaction = MemoryTransaction(connection)
+        unit.transaction = ApswTransaction(connection)
         return unit.transaction
 
     def _end_transaction(self, unit: Unit) -> None:
+        if unit.transaction is not None:
+            unit.transaction.end()
         unit.transaction = None
         try:
             self._connection().execute("COMMIT")
@@ -166,6 +168,7 @@ class MemoryStore:
     async def rollback(self, unit: Unit) -> None:
         """Undo the handler's transaction; see Store."""
         if unit.transaction is not None:
+            unit.transaction.end()
             unit.transaction = None
             self._connection().execute("ROLLBACK")
             self._forget(unit)
@@ -324,27 +327,6 @@ class MemoryStore:
     def _notify(self) -> None:
         for callback in self._callbacks:
             callback()
-
-
-class MemoryTransaction:
-    """The handler's open transaction on tables in memory."""
-
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._connection = connection
-
-    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Run one statement; return the number of rows it changed."""
-        before = self._connection.total_changes()
-        self._connection.execute(sql, parameters)
-        return self._connection.total_changes() - before
-
-    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one query; return its rows."""
-        return self._connection.execute(sql, parameters).fetchall()
-
-    def connection(self) -> Connection:
-        """Return a DB-API 2.0 connection on this transaction."""
-        return Connection(self._connection)
 
 
 def _inbox_id(delivery: Delivery) -> str:

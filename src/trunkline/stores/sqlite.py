@@ -13,7 +13,7 @@ import apsw
 
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
-from trunkline.dbapi import Connection
+from trunkline.dbapi import ApswTransaction
 from trunkline.engine import Engine, close_engine, open_engine, query
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
@@ -65,7 +65,7 @@ class SqliteStore:
         if not address.path:
             raise ConfigurationError("E206", "sqlite: without a file", "such as sqlite:///shop.db")
         self._path = address.path.removeprefix("/")
-        self._vfs = address.options.get("vfs")
+        self._options = address.options
         self._clock = clock
         self._readers: dict[str, int] = {}
         self._known: dict[int, set[str]] = {}
@@ -76,7 +76,7 @@ class SqliteStore:
 
     async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
         """Open the file; see Store."""
-        self.engine = await open_engine(self._path, self._clock, self._vfs)
+        self.engine = await open_engine(self._path, self._clock, self._options)
         self._same = getattr(transport, "engine", None) is self.engine
         await self.engine.add_stage(self)
         # First of the stages: inbox rows come before anything else is written.
@@ -132,6 +132,7 @@ class SqliteStore:
         if unit.transaction is None:
             self.engine.submit(unit)
             return
+        unit.transaction.end()
         try:
             self.engine.release(unit)
         except Exception as error:  # noqa: BLE001 - told to the one who waits for the unit
@@ -146,13 +147,13 @@ class SqliteStore:
         except BaseException:
             self.engine.release(None)
             raise
-        transaction = SqliteTransaction(connection)
-        unit.transaction = transaction
-        return transaction
+        unit.transaction = ApswTransaction(connection, self.engine.statement_failed)
+        return unit.transaction
 
     async def rollback(self, unit: Unit) -> None:
         """Undo the handler's transaction; see Store."""
         if unit.transaction is not None:
+            unit.transaction.end()
             unit.transaction = None
             self.engine.release(None)
 
@@ -450,27 +451,6 @@ class SqliteStore:
             await self.engine.run(
                 lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader = ? AND tenant = ? AND id = ?", old)
             )
-
-
-class SqliteTransaction:
-    """The handler's open transaction; ends with the handler."""
-
-    def __init__(self, connection: apsw.Connection) -> None:
-        self._connection = connection
-
-    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Run one statement; return the number of rows it changed."""
-        before = self._connection.total_changes()
-        self._connection.execute(sql, parameters)
-        return self._connection.total_changes() - before
-
-    async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one query; return its rows."""
-        return query(self._connection, sql, parameters)
-
-    def connection(self) -> Connection:
-        """Return a DB-API 2.0 connection on this transaction."""
-        return Connection(self._connection)
 
 
 def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:

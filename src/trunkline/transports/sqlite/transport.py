@@ -80,7 +80,7 @@ class SqliteTransport:
         if not address.path:
             raise ConfigurationError("E206", "sqlite: without a file", "such as sqlite:///shop.db")
         self._path = address.path.removeprefix("/")
-        self._vfs = address.options.get("vfs")
+        self._options = address.options
         self.clock = clock
         self._routes: dict[str, _Route] = {}
         self._readers: dict[str, QueueReader | StreamReader] = {}
@@ -100,7 +100,7 @@ class SqliteTransport:
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Open the file, declare what is missing; see Transport."""
         self._loop = asyncio.get_running_loop()
-        self.engine = await open_engine(self._path, self.clock, self._vfs)
+        self.engine = await open_engine(self._path, self.clock, self._options)
         await self.engine.add_stage(self)
         wanted = list(subscriptions)
         listed = list(channels)

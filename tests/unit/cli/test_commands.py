@@ -1,0 +1,176 @@
+"""What all commands share: help, version, errors, exit codes, a quick start."""
+
+import doctest
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from trunkline import __version__, cli
+from trunkline.cli import commands
+from trunkline.cli.terminal import exit_code, printable
+from trunkline.errors import ConfigurationError, DefinitionError, LeaseLostError
+
+MODULES = sorted(path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py"))
+COMMANDS = ["run", "topology", "publish", "tail", "backlog", "doctor", "new", "dead"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_hold(name):
+    assert doctest.testmod(importlib.import_module(f"trunkline.cli.{name}")).failed == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_the_command_and_its_options(name):
+    shown = CliRunner().invoke(commands.app, [name, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output
+
+
+def test_help_lists_every_command():
+    shown = CliRunner().invoke(commands.app, ["--help"]).output
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_version_is_that_of_the_package():
+    assert CliRunner().invoke(commands.app, ["--version"]).output == f"trunkline {__version__}\n"
+
+
+def test_help_loads_no_engine_and_no_drawing_of_tables():
+    code = (
+        "import sys\nfrom trunkline.cli.commands import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.partition("LOADED")[2].split()
+    assert "trunkline.cli.run" in loaded
+    assert not {"apsw", "rich.console", "rich.markdown", "uvloop", "sqlite3"} & set(loaded)
+
+
+def test_help_answers_within_0_3_seconds_of_processor_time():
+    best = 9.0
+    for _ in range(5):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "trunkline.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = os.times()
+        best = min(best, after.children_user + after.children_system - before.children_user - before.children_system)
+    assert best <= 0.3, f"{best:.2f} s"
+
+
+def test_no_arguments_show_the_help(project):
+    assert "Commands:" in project.cli(code=2).err + project.cli(code=2).out
+
+
+def test_an_unknown_option_is_a_usage_error(project):
+    assert "No such option" in project.cli("backlog", "--nope", code=2).err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigurationError("E2", "x"), 2), (DefinitionError("E1", "x"), 1), (LeaseLostError("E505", "x"), 75)],
+)
+def test_exit_codes_tell_what_a_supervisor_should_do(error, code):
+    assert exit_code(error) == code
+
+
+def test_an_error_is_its_code_and_the_next_step_without_a_traceback(project):
+    shown = project.cli("topology", "shop:nothing", code=2).err
+    assert shown.splitlines()[0].startswith("E213 shop:nothing: no 'nothing' in it")
+    assert "system" in shown.splitlines()[1]
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("how", [{"options": ["--traceback"]}, {"environment": {"TRUNKLINE_DEBUG": "1"}}])
+def test_a_traceback_is_shown_when_asked_for(project, how):
+    arguments = [*how.get("options", []), "topology", "shop:nothing"]
+    assert "Traceback" in project.cli(*arguments, code=2, **how.get("environment", {})).err
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "exit_code", "text"),
+    [
+        ("shop", "E210", 2, "MODULE:OBJECT"),
+        ("absent:system", "E211", 2, "no module 'absent'"),
+        ("broken:system", "E212", 2, "(broken.py:2): ZeroDivisionError"),
+        ("syntax:system", "E212", 2, "(syntax.py:1)"),
+        ("missing:system", "E212", 2, "No module named 'not_installed_anywhere'"),
+        ("shop:OrderPlaced", "E214", 2, "a System, Service or App is needed"),
+        ("wrong:system", "E101", 1, "(wrong.py:"),
+    ],
+)
+def test_a_target_that_cannot_be_loaded_says_where_and_why(project, target, code, exit_code, text):
+    for name, source in {
+        "broken": "x = 1\n1 / 0\n",
+        "syntax": "def\n",
+        "missing": "import not_installed_anywhere\n",
+        "wrong": "from trunkline import Service\ns = Service('s')\n@s.handle\nasync def f(x: int) -> None: ...\n",
+    }.items():
+        (project.folder / f"{name}.py").write_text(source)
+    shown = project.cli("topology", target, code=exit_code).err
+    assert shown.startswith(code)
+    assert text in shown
+
+
+def test_output_of_a_message_cannot_steer_the_terminal():
+    assert printable("\x1b]0;owned\x07ok\r") == "\\x1b]0;owned\\x07ok\\r"
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(buried):
+    process = subprocess.Popen(
+        buried.command("tail", "orders", "--from-start"),
+        cwd=buried.folder,
+        env=buried.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_a_closed_pipe_ends_the_command_quietly(buried):
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '"$@" | head -n 1 >/dev/null; echo "${PIPESTATUS[0]}"',
+            "-",
+            *buried.command("topology", "shop:system"),
+        ],
+        cwd=buried.folder,
+        env=buried.environment(PYTHONUNBUFFERED="1"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() in {"0", "141"}
+    assert done.stderr == ""
+
+
+def test_completion_offers_the_channels_of_the_file(buried):
+    code = "from trunkline.cli.completion import channels, subscriptions; print(channels('o'), subscriptions('pay'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=buried.folder,
+        env=buried.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "['orders'] ['payment@orders']\n"
+
+
+def test_completion_without_a_file_offers_nothing_and_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from trunkline.cli.completion import channels
+
+    assert channels("") == []
+    assert list(tmp_path.iterdir()) == []
