@@ -89,7 +89,9 @@ class ApswTransaction:
         Raises: TransactionError E509 after the handler, E510 for a statement that would end the transaction.
         """
         if self._open is None:
-            raise TransactionError("E509", "the transaction ended with its handler", "use it before the handler returns")
+            raise TransactionError(
+                "E509", "the transaction ended with its handler", "use it before the handler returns"
+            )
         if _ENDS.match(sql):
             raise TransactionError(
                 "E510",
@@ -122,8 +124,7 @@ class ApswTransaction:
 
 
 class Connection:
-    """The transaction as a connection, with the shortcuts of `sqlite3.Connection`.
-    """
+    """The transaction as a connection, with the shortcuts of `sqlite3.Connection`."""
 
     Error = Error
     IntegrityError = IntegrityError

@@ -49,7 +49,7 @@ CREATE TABLE trunkline_process (
     id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, started REAL NOT NULL, beat REAL NOT NULL
 );
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO trunkline_counter VALUES ('position', 0);
+INSERT INTO trunkline_counter VALUES ('position', 0), ('declared', 0), ('treated', 0);
 """
 
 
@@ -74,6 +74,23 @@ class Stage(Protocol):
         """Give back what the dead process `process` held, inside the open transaction."""
 
 
+class Party:
+    """Stages that write the same units: a transport alone, or a store and its transport.
+
+    Attributes:
+        stages: in the order in which they write.
+        pending: submitted for the next group.
+        applied: written in the open group.
+    """
+
+    __slots__ = ("applied", "pending", "stages")
+
+    def __init__(self, stages: tuple[Stage, ...]) -> None:
+        self.stages = stages
+        self.pending: list[Unit] = []
+        self.applied: list[Unit] = []
+
+
 class _Job:
     """A function to run inside the write transaction, with its future."""
 
@@ -92,6 +109,7 @@ class Engine:
     Attributes:
         process: number of this process in the file, never used twice.
         reader: read-only connection; sees what is committed.
+        labels: subscriptions that Apps of this process read.
     """
 
     def __init__(self, path: str, clock: Clock, vfs: str | None = None, lease_s: float = LEASE_S) -> None:
@@ -102,12 +120,14 @@ class Engine:
         self.users = 0
         self.process = 0
         self.stages: list[Stage] = []
+        self.labels: set[str] = set()
         self.failure: TransportError | None = None
         self.on_failure: list[Callable[[TransportError], None]] = []
-        self._units: list[Unit] = []
+        self._parties: list[Party] = []
+        self._pending = 0
         self._jobs: list[_Job] = []
         self._waiters: deque[asyncio.Future[None]] = deque()
-        self._applied: list[Unit] = []
+        self._applied = 0
         self._applied_jobs: list[_Job] = []
         self._device_error: apsw.Error | None = None
         self._phase = "idle"  # idle | locking | open | held | committing
@@ -165,10 +185,29 @@ class Engine:
         writer.execute("COMMIT")
         writer.set_busy_timeout(0)
 
+    def counter(self, name: str) -> int:
+        """Return a counter as last committed.
+
+        `position`: last position given; `declared`: rises with channels, subscriptions and readers; `treated`:
+        rises when dead letters are redriven or discarded.
+        """
+        return int(query(self.reader, "SELECT value FROM trunkline_counter WHERE name = ?", (name,))[0][0])
+
     async def add_stage(self, stage: Stage) -> None:
         """Let `stage` take part in each group; creates its tables."""
         await self.run(lambda connection: connection.execute(stage.schema))
         self.stages.append(stage)
+
+    def party(self, *stages: Stage) -> Party:
+        """Return a Party of stages that were added; units are submitted to it."""
+        party = Party(stages)
+        self._parties.append(party)
+        return party
+
+    def remove_stage(self, stage: Stage) -> None:
+        """Forget a stage and its parties."""
+        self.stages.remove(stage)
+        self._parties = [party for party in self._parties if stage not in party.stages]
 
     async def close(self) -> None:
         """Commit what was submitted, sign off and close the file."""
@@ -185,12 +224,13 @@ class Engine:
 
     # --- work for the next group ---
 
-    def submit(self, unit: Unit) -> None:
-        """Commit `unit` with the next group."""
+    def submit(self, party: Party, unit: Unit) -> None:
+        """Commit `unit`, as `party` writes it, with the next group."""
         if self.failure is not None:
             self._loop.call_soon(unit.done, unit, self.failure)
             return
-        self._units.append(unit)
+        party.pending.append(unit)
+        self._pending += 1
         if not self._scheduled and self._phase == "idle":
             self._scheduled = True
             self._loop.call_soon(self._turn)
@@ -231,10 +271,11 @@ class Engine:
                 self._proceed()
             raise
 
-    def release(self, unit: Unit | None) -> None:
+    def release(self, party: Party, unit: Unit | None) -> None:
         """Give the connection back.
 
         Args:
+            party: whose stages write the unit.
             unit: to be committed with what its handler wrote; None undoes that.
         Raises: what writing the unit raises; then everything of it is undone.
         """
@@ -249,7 +290,7 @@ class Engine:
         if not writer.in_transaction:
             # The disk was full or failed under a statement of the handler: SQLite undid the whole group by itself.
             if unit is not None:
-                self._applied.append(unit)
+                party.applied.append(unit)
             error, self._device_error = self._device_error, None
             self._fail_group(error or apsw.FullError("the transaction was undone under its handler"))
             return
@@ -261,12 +302,13 @@ class Engine:
             if broken:
                 raise apsw.ConstraintError("FOREIGN KEY constraint failed (deferred)")
             return
-        self._applied.append(unit)
+        party.applied.append(unit)
+        self._applied += 1
         try:
-            for stage in self.stages:
+            for stage in party.stages:
                 stage.apply(writer, (unit,))
             writer.execute("RELEASE unit")
-        except apsw.Error as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the group cannot be kept
             self._fail_group(error)
         else:
             self._proceed()
@@ -287,7 +329,7 @@ class Engine:
 
     def _turn(self) -> None:
         self._scheduled = False
-        if self._phase == "idle" and (self._units or self._jobs or self._waiters) and self._begin():
+        if self._phase == "idle" and (self._pending or self._jobs or self._waiters) and self._begin():
             self._proceed()
 
     def _begin(self) -> bool:
@@ -361,44 +403,48 @@ class Engine:
         self._commit()
 
     def _apply_pending(self) -> bool:
-        units, self._units = self._units, []
         jobs, self._jobs = self._jobs, []
         try:
-            if units:
-                self._apply_units(units)
+            if self._pending:
+                self._pending = 0
+                for party in self._parties:
+                    if party.pending:
+                        self._apply_units(party)
             for job in jobs:
                 self._apply_job(job)
-        except apsw.Error as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the group cannot be kept
             self._applied_jobs += jobs
             self._fail_group(error)
             return False
         return True
 
-    def _apply_units(self, units: list[Unit]) -> None:
+    def _apply_units(self, party: Party) -> None:
         writer = self._writer
-        self._applied += units
+        units, party.pending = party.pending, []
+        party.applied += units
+        self._applied += len(units)
         writer.execute("SAVEPOINT units")
         try:
-            for stage in self.stages:
+            for stage in party.stages:
                 stage.apply(writer, units)
         except DuplicateSignal:
             # Rare: find out which one, by applying them one by one.
             writer.execute("ROLLBACK TO units")
             for unit in units:
-                self._apply_one(unit)
+                self._apply_one(party, unit)
         writer.execute("RELEASE units")
 
-    def _apply_one(self, unit: Unit) -> None:
+    def _apply_one(self, party: Party, unit: Unit) -> None:
         writer = self._writer
         writer.execute("SAVEPOINT one")
         try:
-            for stage in self.stages:
+            for stage in party.stages:
                 stage.apply(writer, (unit,))
         except DuplicateSignal:
             writer.execute("ROLLBACK TO one")
             unit.duplicate = True
             unit.staged = ()
-            for stage in self.stages:
+            for stage in party.stages:
                 stage.apply(writer, (unit,))
         writer.execute("RELEASE one")
 
@@ -418,7 +464,7 @@ class Engine:
     def _commit(self) -> None:
         self._phase = "committing"
         # A lone small group on a fast disk: the two thread switches would cost as much as the sync.
-        if self._commit_s < 0.0005 and len(self._applied) <= 1:  # noqa: PLR2004
+        if self._commit_s < 0.0005 and self._applied <= 1:  # noqa: PLR2004
             error: BaseException | None = None
             try:
                 self._commit_now()
@@ -438,13 +484,10 @@ class Engine:
             self._fail_group(error)
             return
         self._phase = "idle"
-        units, self._applied = self._applied, []
         jobs, self._applied_jobs = self._applied_jobs, []
-        if units:
-            for stage in self.stages:
-                stage.committed(units)
-            for unit in units:
-                unit.done(unit, None)
+        if self._applied:
+            self._applied = 0
+            self._hand_over()
         for job in jobs:
             if job.future.done():
                 continue
@@ -452,9 +495,25 @@ class Engine:
                 job.future.set_result(job.result)
             else:
                 job.future.set_exception(job.error)
-        if (self._units or self._jobs or self._waiters) and not self._scheduled:
+        if (self._pending or self._jobs or self._waiters) and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._turn)
+
+    def _hand_over(self) -> None:
+        """Tell the stages of each unit and who waits for it; other Apps of this process look for themselves."""
+        took_part: set[Stage] = set()
+        for party in list(self._parties):
+            units, party.applied = party.applied, []
+            if units:
+                took_part.update(party.stages)
+                for stage in party.stages:
+                    stage.committed(units)
+                for unit in units:
+                    unit.done(unit, None)
+        for party in self._parties:
+            if took_part.isdisjoint(party.stages):
+                for stage in party.stages:
+                    stage.foreign_change()
 
     # --- failure ---
 
@@ -480,7 +539,10 @@ class Engine:
         self._kick()
 
     def _tell(self, failure: TransportError) -> None:
-        units, self._applied, self._units = self._applied + self._units, [], []
+        units = [unit for party in self._parties for unit in (*party.applied, *party.pending)]
+        for party in self._parties:
+            party.applied, party.pending = [], []
+        self._applied = self._pending = 0
         jobs, self._applied_jobs, self._jobs = self._applied_jobs + self._jobs, [], []
         for unit in units:
             unit.done(unit, failure)
@@ -610,6 +672,11 @@ def _translate(error: BaseException, path: str) -> TransportError:
 def query(connection: apsw.Connection, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
     """Return the rows of a query."""
     return connection.execute(sql, parameters).fetchall()
+
+
+def count_up(connection: apsw.Connection, name: str) -> None:
+    """Raise a counter, so that other processes look again."""
+    connection.execute("UPDATE trunkline_counter SET value = value + 1 WHERE name = ?", (name,))
 
 
 _engines: dict[tuple[int, str], Engine] = {}

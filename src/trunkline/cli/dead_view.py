@@ -131,7 +131,7 @@ def _shown(data: bytes) -> str:
 def hex_dump(data: bytes) -> str:
     r"""Return 16 bytes per line: offset, hexadecimal digits, printable characters.
 
-    >>> print(hex_dump(b"ab\\xff"))
+    >>> print(hex_dump(b"ab\xff"))
       0000  61 62 ff                                         ab.
     """
     lines = []

@@ -7,14 +7,14 @@ Never does: channels (transports/sqlite.py). Read next: parking.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import apsw
 
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
 from trunkline.dbapi import ApswTransaction
-from trunkline.engine import Engine, close_engine, open_engine, query
+from trunkline.engine import Engine, Stage, close_engine, count_up, open_engine, query
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
@@ -71,6 +71,7 @@ class SqliteStore:
         self._known: dict[int, set[str]] = {}
         self._callbacks: list[Callable[[], None]] = []
         self._same = False
+        self._seen = (-1, -1)
         self._tidied: tuple[int, str, str] = (0, "", "")
         self.engine: Engine
 
@@ -79,19 +80,21 @@ class SqliteStore:
         self.engine = await open_engine(self._path, self._clock, self._options)
         self._same = getattr(transport, "engine", None) is self.engine
         await self.engine.add_stage(self)
-        # First of the stages: inbox rows come before anything else is written.
-        self.engine.stages.remove(self)
-        self.engine.stages.insert(0, self)
+        # The store first: inbox rows come before anything else is written.
+        self._party = self.engine.party(self, cast("Stage", transport)) if self._same else self.engine.party(self)
         labels = [(subscription.label,) for subscription in subscriptions]
-        await self.engine.run(
-            lambda c: c.executemany("INSERT INTO trunkline_reader (label) VALUES (?) ON CONFLICT DO NOTHING", labels)
-        )
+
+        def declare(connection: apsw.Connection) -> None:
+            connection.executemany("INSERT INTO trunkline_reader (label) VALUES (?) ON CONFLICT DO NOTHING", labels)
+            count_up(connection, "declared")
+
+        await self.engine.run(declare)
         self.foreign_change()
         return self._same
 
     async def stop(self) -> None:
         """Close; see Store."""
-        self.engine.stages.remove(self)
+        self.engine.remove_stage(self)
         await close_engine(self.engine)
 
     async def run_schema(self, statements: Sequence[str]) -> None:
@@ -130,11 +133,11 @@ class SqliteStore:
     def submit(self, unit: Unit) -> None:
         """Commit with the next group; see Store."""
         if unit.transaction is None:
-            self.engine.submit(unit)
+            self.engine.submit(self._party, unit)
             return
         unit.transaction.end()
         try:
-            self.engine.release(unit)
+            self.engine.release(self._party, unit)
         except Exception as error:  # noqa: BLE001 - told to the one who waits for the unit
             unit.transaction = None
             unit.done(unit, error)
@@ -145,7 +148,7 @@ class SqliteStore:
         try:
             self._remember(connection, (unit,))
         except BaseException:
-            self.engine.release(None)
+            self.engine.release(self._party, None)
             raise
         unit.transaction = ApswTransaction(connection, self.engine.statement_failed)
         return unit.transaction
@@ -155,7 +158,7 @@ class SqliteStore:
         if unit.transaction is not None:
             unit.transaction.end()
             unit.transaction = None
-            self.engine.release(None)
+            self.engine.release(self._party, None)
 
     # --- stage of the engine's group ---
 
@@ -196,8 +199,11 @@ class SqliteStore:
 
     def foreign_change(self) -> None:
         """Another process committed: readers may have been added, dead letters redriven."""
-        self._readers = dict(query(self.engine.reader, "SELECT label, id FROM trunkline_reader"))
-        self._notify()
+        seen = self.engine.counter("declared"), self.engine.counter("treated")
+        if seen != self._seen:
+            self._seen = seen
+            self._readers = dict(query(self.engine.reader, "SELECT label, id FROM trunkline_reader"))
+            self._notify()
 
     def release(self, connection: apsw.Connection, process: int) -> None:
         """Give back the parked messages that a dead process had taken."""
@@ -461,6 +467,7 @@ def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ..
     )
     if not rows:
         raise _no_dead_letter(number)
+    count_up(connection, "treated")
     return tuple(rows[0])
 
 

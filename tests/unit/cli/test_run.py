@@ -103,13 +103,14 @@ def test_workers_stop_when_their_supervisor_is_killed(project):
 
 
 def test_ctrl_c_reaches_each_worker_once_so_that_it_drains(project):
-    process = subprocess.Popen(
-        project.command("run", "shop:system", "--workers", "2"),
-        cwd=project.folder,
-        env=project.environment(),
-        stderr=(project.folder / "run.log").open("wb"),
-        start_new_session=True,
-    )
+    with (project.folder / "run.log").open("wb") as log:
+        process = subprocess.Popen(
+            project.command("run", "shop:system", "--workers", "2"),
+            cwd=project.folder,
+            env=project.environment(),
+            stderr=log,
+            start_new_session=True,
+        )
     wait_until(lambda: project.log().count("runs on") == 2, "both workers are up")
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     assert process.wait(DEADLINE_S) == 0

@@ -17,7 +17,7 @@ import apsw
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
-from trunkline.engine import Engine, close_engine, open_engine, query
+from trunkline.engine import Engine, close_engine, count_up, open_engine, query
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.message import pack
 from trunkline.store import Unit, resolve
@@ -86,10 +86,13 @@ class SqliteTransport:
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._stored: dict[tuple[str, str], QueueReader | StreamReader] = {}
         self._retention: dict[str, float] = {}
+        self._declared = -1
+        self._labels: set[str] = set()
         self._next = 0
         self._now = 0
         self._stale = True
         self._fresh: list[tuple[QueueReader | StreamReader, Delivery]] = []
+        self._noted: list[tuple[Partition, int]] = []
         self._advanced: list[tuple[Partition, list[int]]] = []
         self._rebalance_due = True
         self._task: asyncio.Task[None] | None = None
@@ -101,9 +104,16 @@ class SqliteTransport:
         """Open the file, declare what is missing; see Transport."""
         self._loop = asyncio.get_running_loop()
         self.engine = await open_engine(self._path, self.clock, self._options)
+        try:
+            await self._open(list(channels), list(subscriptions))
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _open(self, listed: list[Channel], wanted: list[Subscription]) -> None:
         await self.engine.add_stage(self)
-        wanted = list(subscriptions)
-        listed = list(channels)
+        self._party = self.engine.party(self)
+        self._take_labels({subscription.label for subscription in wanted})
         numbers = await self.engine.run(lambda connection: self._declare(connection, listed, wanted))
         for subscription in wanted:
             kind = StreamReader if isinstance(subscription.channel, Stream) else QueueReader
@@ -115,6 +125,17 @@ class SqliteTransport:
         await self._rebalance()
         self._task = asyncio.create_task(self._keep_balance())
 
+    def _take_labels(self, labels: set[str]) -> None:
+        taken = labels & self.engine.labels
+        if taken:
+            raise ConfigurationError(
+                "E220",
+                f"{', '.join(sorted(taken))} is read already by another App of this process",
+                "start one App with all services, or another process",
+            )
+        self.engine.labels |= labels
+        self._labels = labels
+
     def _declare(
         self, connection: apsw.Connection, channels: list[Channel], subscriptions: list[Subscription]
     ) -> dict[str, tuple[int, int]]:
@@ -122,6 +143,7 @@ class SqliteTransport:
             self._declare_channel(connection, channel)
             if isinstance(channel, Stream) and channel.retention_s is not None:
                 self._retention[channel.name] = channel.retention_s
+        count_up(connection, "declared")
         numbers = {}
         for subscription in subscriptions:
             channel_number = self._declare_channel(connection, subscription.channel)
@@ -182,7 +204,7 @@ class SqliteTransport:
 
     def _commit(self, deliveries: Sequence[Delivery], staged: Sequence[Staged]) -> asyncio.Future[None]:
         future: asyncio.Future[None] = self._loop.create_future()
-        self.engine.submit(Unit(deliveries, partial(resolve, future), "", staged))
+        self.engine.submit(self._party, Unit(deliveries, partial(resolve, future), "", staged))
         return future
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
@@ -220,7 +242,9 @@ class SqliteTransport:
         process = self.engine.process
         if self.engine.failure is None:
             await self.engine.run(lambda connection: self._give_back(connection, process, suspect=False))
-        self.engine.stages.remove(self)
+        self.engine.labels -= self._labels
+        if self in self.engine.stages:
+            self.engine.remove_stage(self)
         await close_engine(self.engine)
 
     # --- stage of the engine's group ---
@@ -261,6 +285,7 @@ class SqliteTransport:
                     state = reader.partitions.get(delivery.partition)
                     if state is not None:
                         state.done.add(delivery.position)
+                        self._noted.append((state, delivery.position))
                         touched.add(state)
                 else:
                     gone.append((delivery.position,))
@@ -321,6 +346,7 @@ class SqliteTransport:
     def committed(self, units: Sequence[Unit]) -> None:
         """Hand over what was just committed and give room for more."""
         self._advanced.clear()
+        self._noted.clear()
         fresh, self._fresh = self._fresh, []
         for reader, delivery in fresh:
             reader.take_fresh(delivery)
@@ -338,17 +364,20 @@ class SqliteTransport:
         self._fresh.clear()
         for state, passed in reversed(self._advanced):
             state.pending.extendleft(reversed(passed))
+            state.done.update(passed)
         self._advanced.clear()
-        for reader in self._readers.values():
-            if isinstance(reader, StreamReader):
-                for state in reader.partitions.values():
-                    state.done.clear()
+        for state, position in self._noted:
+            state.done.discard(position)
+        self._noted.clear()
 
     def foreign_change(self) -> None:
         """Another process committed: there may be messages, subscriptions, members."""
         self._stale = True
         self._rebalance_due = True
-        self._reload_routes()
+        declared = self.engine.counter("declared")
+        if declared != self._declared:
+            self._declared = declared
+            self._reload_routes()
         for reader in self._readers.values():
             reader.behind = True
             reader.wake()
@@ -391,6 +420,7 @@ class SqliteTransport:
 
     def _new_route(self, connection: apsw.Connection, channel: Channel) -> _Route:
         route = _Route(self._declare_channel(connection, channel))
+        count_up(connection, "declared")
         if isinstance(channel, Queue):
             # A queue keeps what was sent before its owner ever ran: the owner's number is made now.
             connection.execute(

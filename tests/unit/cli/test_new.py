@@ -1,0 +1,55 @@
+"""A new project really runs and really passes its own tests."""
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.unit.cli.conftest import DEADLINE_S, wait_until
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_its_tests_pass(project):
+    project.cli("new", "order-desk")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=project.folder / "order-desk",
+        env=project.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_it_runs_with_its_own_settings(project):
+    project.cli("new", "order-desk")
+    project.folder = project.folder / "order-desk"
+    with project.running():
+        project.cli("publish", "OrderPlaced", '{"order_id": "1", "quantity": 2}')
+
+        def types():
+            shown = project.cli("tail", "orders", "--no-follow", "--json").out
+            return [json.loads(line)["type"] for line in shown.splitlines()]
+
+        wait_until(lambda: types() == ["order.placed", "order.confirmed"], "the order is confirmed")
+    assert (project.folder / "order-desk.db").exists()
+    assert tomllib.loads((project.folder / "pyproject.toml").read_text())["project"]["name"] == "order-desk"
+
+
+def test_nothing_that_exists_is_overwritten(project):
+    (project.folder / "taken").mkdir()
+    (project.folder / "taken" / "notes").write_text("mine")
+    assert project.cli("new", "taken", code=2).err.startswith("E219")
+    assert [path.name for path in (project.folder / "taken").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("name", ["Upper", "../up", "a b", "1st", "class", "json", "trunkline", "x-", "ä"])
+def test_a_name_that_cannot_be_a_module_and_a_service_is_refused(project, name):
+    assert project.cli("new", "--", name, code=2).err.startswith("E218")
+    assert [path.name for path in project.folder.iterdir()] == ["shop.py"]

@@ -1,0 +1,166 @@
+"""publish, tail, backlog, topology: messages in and messages seen."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.unit.cli.conftest import wait_until
+from trunkline.cli.publish import due
+from trunkline.errors import PublishError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def used(project):
+    """A project whose file exists; nothing runs."""
+    with project.running("shop:system"):
+        pass
+    return project
+
+
+def lines(project, *arguments):
+    return project.cli("tail", *arguments, "--no-follow").out.splitlines()
+
+
+def test_publish_prints_the_id_of_each_message(used):
+    ids = used.publish("OrderPlaced", {"order_id": "1", "amount": 1}, {"order_id": "2", "amount": 2})
+    shown = [json.loads(line) for line in lines(used, "orders", "--json")]
+    assert [message["id"] for message in shown] == ids
+    assert [message["partitionkey"] for message in shown] == ["1", "2"]
+    assert shown[0]["type"] == "order.placed"
+
+
+def test_publish_takes_a_name_or_a_class_and_files(used):
+    (used.folder / "one.json").write_text('{\n "order_id": "1",\n "amount": 1\n}\n')
+    (used.folder / "many.jsonl").write_text('{"order_id": "2", "amount": 1}\n\n{"order_id": "3", "amount": 1}\n')
+    used.cli("publish", "shop:system", "order.placed", "@one.json")
+    used.cli("publish", "shop:system", "OrderPlaced", "@many.jsonl", "--key", "k")
+    assert [line.split("  ")[2] for line in lines(used, "orders")] == ["1", "k", "k"]
+
+
+def test_the_app_of_the_settings_file_can_be_left_out(used):
+    (used.folder / "trunkline.toml").write_text('app = "shop:system"\n')
+    assert used.json("publish", "Ship", '{"order_id": "1"}')["channel"] == "jobs"
+    assert "payment" in used.cli("topology").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["OrderPlaced", '{"order_id": "1"}'], "E412", "fields: order_id: str, amount: int"),
+        (["OrderPlaced", "{"], "E412", "DATA: payload is not a valid order.placed"),
+        (["OrderPlaced", "@absent.json"], "E311", "absent.json cannot be read"),
+        (["Nope", "{}"], "E309", "order.placed"),
+        (["OrderPlaced", '{"order_id": "1", "amount": 1}', "--priority", "3"], "E308", "Queue(priority=True)"),
+        (["OrderPlaced", '{"order_id": "1", "amount": 1}', "--at", "tomorrow"], "E306", "+30s"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_published(used, arguments, code, text):
+    shown = used.cli("publish", "shop:system", *arguments, code=1).err
+    assert shown.startswith(code)
+    assert text in shown
+    assert lines(used, "orders") == []
+
+
+def test_one_wrong_line_publishes_none(used):
+    text = '{"order_id": "1", "amount": 1}\n{"order_id": 2, "amount": 1}\n'
+    assert "line 2" in used.cli("publish", "shop:system", "OrderPlaced", "-", stdin=text, code=1).err
+    assert lines(used, "orders") == []
+
+
+def test_a_priority_lets_a_message_overtake_and_tail_shows_what_waits(used):
+    used.publish("Ship", {"order_id": "1"})
+    used.cli("publish", "shop:system", "Ship", '{"order_id": "2"}', "--priority", "9")
+    assert [json.loads(line).get("priority") for line in lines(used, "jobs", "--json")] == [None, 9]
+    (row,) = [row for row in used.json("backlog") if row["channel"] == "jobs"]
+    assert (row["waiting"], row["in_flight"]) == (2, 0)
+    assert row["oldest_s"] >= 0
+
+
+def test_a_scheduled_message_comes_when_it_is_due(project):
+    with project.running("shop:system"):
+        project.cli("publish", "shop:system", "OrderPlaced", '{"order_id": "1", "amount": 1}', "--at", "+300ms")
+        wait_until(lambda: len(lines(project, "orders")) == 2, "it was published and paid")
+
+
+def test_tail_follows_until_its_limit(used):
+    with subprocess.Popen(
+        used.command("tail", "orders", "--from-start", "--limit", "2"),
+        cwd=used.folder,
+        env=used.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        used.publish(
+            "OrderPlaced",
+            {"order_id": "a", "amount": 1},
+            {"order_id": "b", "amount": 1},
+            {"order_id": "c", "amount": 1},
+        )
+        out, _ = process.communicate(timeout=30)
+    assert [line.split("  ")[1:3] for line in out.splitlines()] == [["order.placed", "a"], ["order.placed", "b"]]
+    assert process.returncode == 0
+
+
+def test_a_topic_message_with_several_subscriptions_is_shown_once(used):
+    (used.folder / "more.py").write_text(
+        "from shop import *\nother = Service('other')\n@other.handle\nasync def read(news: Headline) -> None: ...\n"
+        "system = System('more', [shipping, other])\n"
+    )
+    with used.running("more:system"):
+        pass
+    used.publish("Headline", {"text": "x"})
+    assert len(lines(used, "news")) == 1
+
+
+@pytest.mark.parametrize("command", [["tail", "orders"], ["backlog"], ["dead", "list"], ["dead", "redrive", "--all"]])
+def test_a_file_that_does_not_exist_is_an_error_and_is_not_made(project, command):
+    assert project.cli(*command, code=2).err.startswith("E231 trunkline.db does not exist")
+    assert [path.name for path in project.folder.iterdir()] == ["shop.py"]
+
+
+def test_publishing_to_a_file_that_does_not_exist_is_refused(project):
+    assert "E231" in project.cli("publish", "shop:system", "Ship", '{"order_id": "1"}', code=2).err
+    assert not (project.folder / "trunkline.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "exit_code"),
+    [(b"not a database, but long enough to be looked at" * 20, "E203", 2), (b"", "E232", 2)],
+)
+def test_a_file_of_something_else_is_refused(project, content, code, exit_code):
+    (project.folder / "trunkline.db").write_bytes(content)
+    assert project.cli("backlog", code=exit_code).err.startswith(code)
+    assert (project.folder / "trunkline.db").read_bytes() == content
+
+
+def test_memory_cannot_be_looked_into(project):
+    assert project.cli("backlog", "--transport", "memory:", code=2).err.startswith("E230")
+
+
+def test_an_unknown_channel_names_those_there_are(used):
+    assert "jobs, news, orders" in used.cli("tail", "nope", code=2).err
+
+
+def test_tables_fit_80_columns(buried):
+    for command in (["backlog"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
+        shown = buried.cli(*command, COLUMNS="80").out
+        assert max(map(len, shown.splitlines())) <= 80, command
+
+
+def test_a_wait_or_a_time_with_zone_is_understood():
+    assert due("+2h").total_seconds() == 7200
+    assert due("90s").total_seconds() == 90
+    assert due("2026-01-31T12:00:00Z").timestamp() == 1769860800
+    with pytest.raises(PublishError, match="E306"):
+        due("2026-01-31T12:00:00")
+
+
+@pytest.mark.parametrize("form", ["mermaid", "svg"])
+def test_topology_is_written_as_mermaid_and_svg(project, form):
+    drawn = project.cli("topology", "shop:system", "--format", form).out
+    assert drawn.startswith({"mermaid": "flowchart LR", "svg": "<svg "}[form])
+    assert "payment" in drawn
+    assert project.json("topology", "shop:system")["system"] == "shop"
