@@ -76,6 +76,11 @@ class Figures(msgspec.Struct):
         return self.confirmed + self.cancelled
 
     @property
+    def under_way(self) -> int:
+        """Return how many orders are placed and not ended."""
+        return self.placed - self.ended
+
+    @property
     def most_under_way(self) -> int:
         """Return how many orders may be under way; fewer when there are few, so that some are left for a kill."""
         return max(8, min(MOST_UNDER_WAY, self.wanted // 5))
@@ -204,7 +209,7 @@ class Demo:
                     await self._place(client, purchase)
                     answered.write(f"{purchase.order_id}\n")
                     self.figures.placed += 1
-                    while self.figures.placed - self.figures.ended >= self.figures.most_under_way:
+                    while self.figures.under_way >= self.figures.most_under_way:
                         await asyncio.sleep(LOOK_S)
 
             async with _customer(self.shop.url) as client, asyncio.TaskGroup() as customers:
@@ -241,15 +246,22 @@ class Demo:
         await self._wait(amid_payments)
         self._kill("payment", "inventory")
         # Nothing can end now, so the orders pile up until the customers wait.
-        await self._wait(lambda: figures.placed - figures.ended >= figures.most_under_way or figures.placed == figures.wanted)
-        self.say(f"{figures.placed - figures.ended} orders wait")
+        await self._wait(self._customers_wait)
+        self.say(f"{figures.under_way} orders wait")
         self._start("payment", "inventory")
         await self._wait(lambda: figures.ended >= figures.wanted * 6 // 10)
         self._kill("order", "notification")
         before = figures.retries
-        await self._wait(lambda: figures.retries > before or figures.placed == figures.wanted)
-        self.say(f"{figures.retries - before} orders find nobody to take them; their customers try again")
+        # Without the order service nothing ends: in the end all customers wait, or try in vain.
+        await self._wait(lambda: figures.retries > before or self._customers_wait())
+        tries = figures.retries - before
+        self.say(f"{tries} orders find nobody to take them; their customers try again" if tries else "the customers wait")
         self._start("order", "notification")
+
+    def _customers_wait(self) -> bool:
+        """Return whether no order can be placed at the moment."""
+        figures = self.figures
+        return figures.placed == figures.wanted or figures.under_way >= figures.most_under_way
 
     async def _wait(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints, is_typeddict
 
 import msgspec
 
-from trunkline.codec import Decode, Encode, compile_codec, decode_payload
+from trunkline.codec import Decode, Encode, checked_decode, compile_codec, encode_json
 from trunkline.errors import DecodeError, DefinitionError
 from trunkline.message import Message
 
@@ -51,7 +51,7 @@ class MessageType:
         self.key = key
         self.encode: Encode
         self._decode: Decode
-        self.encode, self._decode = compile_codec(cls)
+        self.encode, self._decode = compile_codec(cls, name)
         self.key_of = _key_getter(cls, key)
         self.upcasters: dict[int, Upcaster] = {}
 
@@ -60,9 +60,12 @@ class MessageType:
 
         Raises: DecodeError.
         """
-        if message.schemaversion >= self.version or not self.upcasters:
-            return decode_payload(self._decode, message.data, self.name)
-        plain = decode_payload(_plain, message.data, self.name)
+        if message.schemaversion < self.version and self.upcasters:
+            return self._decode(self._upcast(message))
+        return self._decode(message.data)
+
+    def _upcast(self, message: Message) -> bytes:
+        plain = _decode_plain(message.data)
         for version in range(message.schemaversion, self.version):
             upcast = self.upcasters.get(version)
             if upcast is None:
@@ -75,24 +78,25 @@ class MessageType:
                 plain = upcast(plain)
             except Exception as error:
                 raise DecodeError("E414", f"upcasting {self.name} from version {version} failed: {error!r}") from error
-        return decode_payload(self._decode, msgspec.json.encode(plain), self.name)
+        return encode_json(plain)
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} v{self.version} on {self.channel.name}>"
 
 
-_plain: Decode = msgspec.json.Decoder(dict[str, Any]).decode
-_by_class: dict[type, MessageType] = {}
+_decode_plain = checked_decode(msgspec.json.Decoder(dict[str, Any]).decode, "JSON object")
+declared_types: dict[type, MessageType] = {}
+"""Payload class → what is declared for it, for the whole process."""
 
 
 def message_type(cls: type) -> MessageType | None:
     """Return what is declared for a payload class, or None."""
-    return _by_class.get(cls)
+    return declared_types.get(cls)
 
 
 def message_types() -> tuple[MessageType, ...]:
     """Return everything that was declared in this process, in the order of declaration."""
-    return tuple(_by_class.values())
+    return tuple(declared_types.values())
 
 
 class Channel:
@@ -119,7 +123,7 @@ class Channel:
 
     def _declare(self, cls: C, kind: str, name: str | None, version: int, key: str | None) -> C:
         type_name = name or _default_type_name(cls.__name__)
-        known = _by_class.get(cls)
+        known = declared_types.get(cls)
         if known is not None:
             raise DefinitionError(
                 "E106",
@@ -136,7 +140,7 @@ class Channel:
             raise DefinitionError("E120", f"version {version} of {type_name!r}", "versions start at 1")
         declared = MessageType(cls, type_name, version, self, kind, key or self.key)
         self.types[type_name] = declared
-        _by_class[cls] = declared
+        declared_types[cls] = declared
         return cls
 
     def upcast(self, cls: type, *, version: int) -> Callable[[Upcaster], Upcaster]:
@@ -144,7 +148,7 @@ class Channel:
 
         Raises: DefinitionError E111 if `cls` is not declared here or `version` is not an older one.
         """
-        declared = _by_class.get(cls)
+        declared = declared_types.get(cls)
         if declared is None or declared.channel is not self:
             raise DefinitionError("E111", f"{cls.__name__} is not declared on channel {self.name!r}")
         if not 1 <= version < declared.version:

@@ -27,17 +27,18 @@ encode_json = msgspec.json.Encoder(order=None).encode
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
-def compile_codec(cls: type) -> tuple[Encode, Decode]:
-    """Return (encode, decode) of JSON for `cls`.
+def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
+    """Return (encode, decode) of JSON for `cls`, with limits and errors as `checked_encode` and `checked_decode`.
 
     Args:
         cls: msgspec Struct, dataclass, attrs class, TypedDict or pydantic model.
+        name: of the message type, for errors.
     Raises: DefinitionError E119 if values of `cls` have no JSON form.
     """
     if hasattr(cls, "model_validate_json"):
-        return _compile_pydantic(cls)
+        return checked_encode(_encode_pydantic, name), checked_decode(cls.model_validate_json, name)
     fields = ("__struct_fields__", "__dataclass_fields__", "__attrs_attrs__")
-    if not (is_typeddict(cls) or any(hasattr(cls, name) for name in fields)):
+    if not (is_typeddict(cls) or any(hasattr(cls, field) for field in fields)):
         raise DefinitionError(
             "E119",
             f"{cls.__name__} cannot be a message payload",
@@ -47,14 +48,51 @@ def compile_codec(cls: type) -> tuple[Encode, Decode]:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(cls)
     except TypeError as error:
         raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
-    return encode_json, decoder.decode
+    return checked_encode(encode_json, name), checked_decode(decoder.decode, name)
 
 
-def _compile_pydantic(cls: Any) -> tuple[Encode, Decode]:
-    def encode(payload: Any) -> bytes:
-        return payload.model_dump_json().encode()  # type: ignore[no-any-return]
+def _encode_pydantic(payload: Any) -> bytes:
+    return payload.model_dump_json().encode()  # type: ignore[no-any-return]
 
-    return encode, cls.model_validate_json
+
+def checked_encode(encode: Encode, name: str) -> Encode:
+    """Return `encode` with the size limit.
+
+    It raises: PayloadError E301 (no JSON form) or E302 (too large).
+    """
+
+    def checked(payload: Any) -> bytes:
+        try:
+            data = encode(payload)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PayloadError("E301", f"{name} cannot be encoded: {_first_line(error)}") from error
+        if len(data) > MAX_PAYLOAD_BYTES:
+            raise PayloadError(
+                "E302",
+                f"{name} is {len(data)} bytes",
+                f"at most {MAX_PAYLOAD_BYTES} are accepted; store it elsewhere and send a reference",
+            )
+        return data
+
+    return checked
+
+
+def checked_decode(decode: Decode, name: str) -> Decode:
+    """Return `decode` with the limits.
+
+    It raises: DecodeError E410 (size), E411 (depth) or E412 (not of the type).
+    """
+
+    def checked(data: bytes) -> Any:
+        # Cheap upper bound first: only many brackets can nest deeply.
+        if len(data) > MAX_PAYLOAD_BYTES or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+            check_limits(data)
+        try:
+            return decode(data)
+        except (ValueError, RecursionError, TypeError) as error:  # msgspec and pydantic errors are ValueErrors
+            raise DecodeError("E412", f"payload is not a valid {name}: {_first_line(error)}") from error
+
+    return checked
 
 
 def check_limits(data: bytes) -> None:
@@ -66,40 +104,6 @@ def check_limits(data: bytes) -> None:
         raise DecodeError("E410", f"payload of {len(data)} bytes", f"at most {MAX_PAYLOAD_BYTES} are read")
     if _depth(data) > MAX_DEPTH:
         raise DecodeError("E411", "payload is nested too deeply", f"at most {MAX_DEPTH} levels are read")
-
-
-def decode_payload(decode: Decode, data: bytes, what: str) -> Any:
-    """Decode `data` within the limits.
-
-    Args:
-        what: name of the message type, for the error.
-    Raises: DecodeError E410, E411 or E412.
-    """
-    # Cheap upper bound first: only many brackets can nest deeply.
-    if len(data) > MAX_PAYLOAD_BYTES or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
-        check_limits(data)
-    try:
-        return decode(data)
-    except (ValueError, RecursionError, TypeError) as error:  # msgspec and pydantic errors are ValueErrors
-        raise DecodeError("E412", f"payload is not a valid {what}: {_first_line(error)}") from error
-
-
-def encode_payload(encode: Encode, payload: Any, what: str) -> bytes:
-    """Encode `payload` within the size limit.
-
-    Raises: PayloadError E301 (no JSON form) or E302 (too large).
-    """
-    try:
-        data = encode(payload)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PayloadError("E301", f"{what} cannot be encoded: {_first_line(error)}") from error
-    if len(data) > MAX_PAYLOAD_BYTES:
-        raise PayloadError(
-            "E302",
-            f"{what} is {len(data)} bytes",
-            f"at most {MAX_PAYLOAD_BYTES} are accepted; store it elsewhere and send a reference",
-        )
-    return data
 
 
 def _depth(data: bytes) -> int:

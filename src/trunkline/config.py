@@ -52,7 +52,7 @@ def load_settings(
         transport: as given on the command line, or None; so are `store` and `app`.
         environ: environment variables; empty ones count as unset.
         folder: where `trunkline.toml` is looked for; default: the current folder.
-    Raises: ConfigurationError E220 to E223 for a `trunkline.toml` that is not understood.
+    Raises: ConfigurationError E221 to E224 for a `trunkline.toml` that is not understood.
     """
     values: dict[str, str] = {}
     origin: dict[str, str] = {}
@@ -74,14 +74,14 @@ def load_settings(
 def read_file(path: Path) -> dict[str, str]:
     """Return what a `trunkline.toml` says; nothing if there is none.
 
-    Raises: ConfigurationError E220 (unreadable), E221 (not TOML), E222 (unknown key), E223 (not text).
+    Raises: ConfigurationError E221 (not TOML), E222 (unknown key), E223 (not text), E224 (unreadable).
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError("E220", f"{path} cannot be read: {error}", "make it a readable UTF-8 file") from error
+        raise ConfigurationError("E224", f"{path} cannot be read: {error}", "make it a readable UTF-8 file") from error
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

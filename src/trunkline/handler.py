@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from trunkline.channel import Channel, MessageType, Queue, message_type
+from trunkline.channel import Channel, MessageType, Queue, declared_types, message_type
 from trunkline.clock import Clock
-from trunkline.codec import encode_payload
 from trunkline.errors import DefinitionError, PublishError, UnroutableError
 from trunkline.message import Message
 from trunkline.policies.retry import Retry
@@ -276,14 +275,14 @@ def make_message(
     A ready-made Message passes through unchanged, if `to` says where.
     Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E307 for a wrong attribute.
     """
-    declared = message_type(type(payload))
+    declared = declared_types.get(payload.__class__)
     if declared is None:
         return _undeclared(payload, to)
     if key is None and declared.key_of is not None:
         key = declared.key_of(payload)
-        if key.__class__ is not str:
+        if key.__class__ is not str and key is not None:
             key = str(key)
-    data = encode_payload(declared.encode, payload, declared.name)
+    data = declared.encode(payload)
     message_id, now = clock.stamp()
     if cause is None:
         message = Message(message_id, declared.name, source, data, now, key, None, None, declared.version)

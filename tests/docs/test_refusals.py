@@ -4,6 +4,7 @@ A case is what a user wrote wrongly, after `PREAMBLE`; its code and full text mu
 """
 
 import asyncio
+import contextlib
 import re
 import sqlite3
 from pathlib import Path
@@ -165,18 +166,26 @@ CASES = [
         "def open_stripe(): raise ConnectionError('no route')\n"
         "payment.provide(Stripe, open_stripe)\nstart(App(payment, 'memory:'))",
     ),
+    ("E209", "a lease that is no time", "start(App(payment, 'sqlite:///shop.db?lease_s=soon'))"),
+    (
+        "E220",
+        "two Apps of one process read one subscription",
+        "@payment.handle\nasync def charge(order: OrderPlaced) -> None: ...\n"
+        "start(App(payment, 'sqlite:///shop.db'), App(payment, 'sqlite:///shop.db'))",
+    ),
     ("E501", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
 ]
 
 
-async def _start_and_stop(app):
-    async with app:
-        pass
+async def _start_and_stop(*apps):
+    async with contextlib.AsyncExitStack() as started:
+        for app in apps:
+            await started.enter_async_context(app)
 
 
 def refusal(source):
-    """Return the error that `source` ends with; `start(app)` in it starts and stops an App."""
-    space = {"__name__": "shop", "start": lambda app: asyncio.run(_start_and_stop(app))}
+    """Return the error that `source` ends with; `start(app, ...)` in it starts and stops Apps."""
+    space = {"__name__": "shop", "start": lambda *apps: asyncio.run(_start_and_stop(*apps))}
     exec(PREAMBLE, space)
     with pytest.raises(TrunklineError) as caught:
         exec(source, space)

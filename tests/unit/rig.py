@@ -39,7 +39,7 @@ class Rig:
         self.app: App
 
     @contextlib.asynccontextmanager
-    async def run(self, *services: Service, store: str | None = None, grace_s: float = 30.0) -> AsyncIterator[App]:
+    async def run(self, *services: Service, store: str | None = None, grace_s: float = 2.0) -> AsyncIterator[App]:
         """Run services until the block ends."""
         self.app = App(System("rig", services), self.url, store=store, clock=self.clock, grace_s=grace_s)
         self.app.hooks.add(self.facts.append)

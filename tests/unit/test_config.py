@@ -40,7 +40,7 @@ def test_an_empty_variable_counts_as_unset(tmp_path):
 @pytest.mark.parametrize(
     ("content", "code", "text"),
     [
-        (b"\xff\xfe", "E220", "cannot be read"),
+        (b"\xff\xfe", "E224", "cannot be read"),
         (b"transport = ", "E221", "is not TOML"),
         (b'transports = "memory:"', "E222", "did you mean 'transport'?"),
         (b"[run]\nworkers = 2", "E222", "keys are: transport, store, app"),

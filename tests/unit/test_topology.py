@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -80,13 +80,13 @@ def test_mermaid_has_a_node_per_service_and_channel_and_messages_on_the_arrows(t
 def test_the_svg_is_well_formed_self_contained_and_always_the_same(topology):
     drawn = to_svg(topology)
     assert drawn == to_svg(topology)
-    root = ElementTree.fromstring(drawn)
+    root = ET.fromstring(drawn)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert not re.search(r"href|<script|url\((?!#)", drawn)
 
 
 def test_no_label_of_the_svg_covers_another_or_leaves_the_sheet(topology):
-    root = ElementTree.fromstring(to_svg(topology))
+    root = ET.fromstring(to_svg(topology))
     places = []
     for text in root.iter("{http://www.w3.org/2000/svg}text"):
         width = len(text.text or "") * 7.3
@@ -106,5 +106,5 @@ def test_the_svg_shows_what_comes_from_outside(topology):
 
 def test_a_system_without_handlers_can_be_drawn():
     empty = describe(System("empty", [Service("idle")]))
-    ElementTree.fromstring(to_svg(empty))
+    ET.fromstring(to_svg(empty))
     assert to_mermaid(empty) == 'flowchart LR\n    s0["idle"]\n'

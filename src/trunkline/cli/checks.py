@@ -34,6 +34,7 @@ NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "lustre",
     "ncpfs", "nfs", "nfs4", "ocfs2", "smb3", "smbfs", "virtiofs",
 }  # fmt: skip
+LOCAL_FUSE = {"fuse.fuse-overlayfs", "fuse.overlayfs"}
 VOLATILE = {"tmpfs", "ramfs"}
 NEED_FREE = 100_000_000
 WANT_FREE = 1_000_000_000
@@ -118,7 +119,7 @@ def file_checks(url: str, *, integrity: bool) -> Iterator[Check]:
         area, "folder", "ok" if writable else "fail", f"{folder} {'can' if writable else 'cannot'} be written",
         "" if writable else "give this user the right to write there",
     )  # fmt: skip
-    yield _file_system(area, folder)
+    yield Check(area, "file system", *judge_file_system(file_system(folder)))
     yield _free_space(area, folder)
     if not path.exists():
         yield Check(area, "file", "warn", "does not exist yet", "the first `trunkline run` makes it")
@@ -173,17 +174,15 @@ def _processes(area: str, file: EmbeddedFile) -> Iterator[Check]:
             )  # fmt: skip
 
 
-def _file_system(area: str, folder: Path) -> Check:
-    kind = file_system(folder)
+def judge_file_system(kind: str | None) -> tuple[Literal["ok", "warn", "fail"], str, str]:
+    """Return (status, what is the case, what to do) for a type of file system."""
     if kind is None:
-        return Check(
-            area, "file system", "warn", "unknown here", "it must be a local one: SQLite's WAL needs shared memory"
-        )
-    if kind in NETWORK or (kind.startswith("fuse.") and kind not in {"fuse.overlayfs", "fuse.fuse-overlayfs"}):
-        return Check(area, "file system", "fail", f"{kind}, which may not keep locks and syncs", "use a local disk")
+        return "warn", "unknown here", "it must be a local one: SQLite's WAL needs shared memory"
+    if kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE):
+        return "fail", f"{kind}, which may not keep locks and syncs", "use a local disk"
     if kind in VOLATILE:
-        return Check(area, "file system", "warn", f"{kind}: gone after a restart of the machine", "use a disk")
-    return Check(area, "file system", "ok", kind)
+        return "warn", f"{kind}: gone after a restart of the machine", "use a disk"
+    return "ok", kind, ""
 
 
 def file_system(folder: Path, mounts: Iterable[str] | None = None) -> str | None:

@@ -38,7 +38,7 @@ def edited(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]:
     """
     old = read(row.raw)
     if change.data is not None and (old is None or old.datacontenttype == JSON):
-        _check_json(change.data)
+        change = msgspec.structs.replace(change, data=_compact(change.data))
     if old is None:
         return _new_envelope(row, change)
     wanted: dict[str, Any] = {
@@ -129,9 +129,11 @@ def editor_text(row: DeadLetterRow) -> bytes:
         return path.read_bytes().strip()
 
 
-def _check_json(data: bytes) -> None:
+def _compact(data: bytes) -> bytes:
+    """Return JSON without the white space of an editor."""
     try:
         msgspec.json.decode(data)
+        return msgspec.json.format(data, indent=-1)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DeadLetterError(
             "E602", f"the payload is not JSON: {error}", 'such as \'{"order_id": "7"}\'; nothing changed'

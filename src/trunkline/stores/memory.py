@@ -102,11 +102,11 @@ class MemoryStore:
             unit.duplicate = True
             unit.staged = ()
         for delivery in unit.deliveries:
-            if delivery.row != LIVE or delivery.suspect or unit.outcome is not ACK:
+            if unit.outcome is not ACK or delivery.suspect or delivery.row != LIVE:
                 self._move(unit, delivery)
         if unit.staged:
             self._send(unit.staged)
-        if self._forget_live is not None and unit.deliveries:
+        if self._forget_live is not None:
             self._forget_live(unit.deliveries)
         unit.done(unit, None)
 
@@ -121,10 +121,10 @@ class MemoryStore:
     def _remember(self, unit: Unit) -> bool:
         for delivery in unit.deliveries:
             inbox = self._inbox[delivery.subscription.label]
-            identity = _inbox_id(delivery)
-            if identity in inbox:
+            size = len(inbox)
+            inbox.add(_inbox_id(delivery))
+            if len(inbox) == size:
                 return False
-            inbox.add(identity)
         return True
 
     def _remember_or_raise(self, unit: Unit) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from trunkline import __version__, cli
@@ -174,3 +175,22 @@ def test_completion_without_a_file_offers_nothing_and_makes_nothing(tmp_path, mo
 
     assert channels("") == []
     assert list(tmp_path.iterdir()) == []
+
+
+def described(command, path=()):
+    """Yield the name of each command and option, as a reader of the reference looks for it."""
+    for name, sub in getattr(command, "commands", {}).items():
+        yield " ".join((*path, name))
+        yield from described(sub, (*path, name))
+    for parameter in command.params:
+        yield from (option for option in parameter.opts if option.startswith("--"))
+
+
+def test_the_reference_describes_every_command_and_option():
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "cli.md").read_text()
+    missing = {
+        name
+        for name in described(get_command(commands.app))
+        if f"`{name}" not in page and f"trunkline {name}" not in page
+    }
+    assert not missing

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.unit.cli.conftest import wait_until
-from trunkline.cli.checks import file_checks, file_system
+from trunkline.cli.checks import file_system, judge_file_system
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -101,8 +101,9 @@ def test_the_file_system_is_that_of_the_nearest_mount(folder, kind):
     assert file_system(folder, MOUNTS) == kind
 
 
-def test_a_network_file_system_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr("trunkline.cli.checks.file_system", lambda _folder: "nfs4")
-    checks = {check.name: check for check in file_checks(f"sqlite:///{tmp_path}/x.db", integrity=True)}
-    assert checks["file system"].status == "fail"
-    assert "local disk" in checks["file system"].advice
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [("ext4", "ok"), ("overlay", "ok"), ("tmpfs", "warn"), (None, "warn"), ("nfs4", "fail"), ("fuse.sshfs", "fail")],
+)
+def test_a_network_file_system_is_wrong_and_a_volatile_one_a_remark(kind, status):
+    assert judge_file_system(kind)[0] == status
