@@ -15,7 +15,7 @@ setup: ## create or update .venv
 	@scripts/setup.sh
 
 demo: setup ## the shop on real orders (ORDERS=… how many, KEEP=1 leaves the page up)
-	@$(PYTHON_BIN)/python examples/shop/demo.py
+	@$(PYTHON_BIN)/python -m examples.shop.demo
 
 lint: setup
 	$(PYTHON_BIN)/ruff format --check .

@@ -118,13 +118,16 @@ def read(folder: Path) -> Evidence:
     # The SQLite that the services use, so that the two agree about the file's locks.
     with closing(_opened(folder / DATABASE)) as shop:
         orders = shop.execute(
-            "SELECT order_id, customer_id, sku, quantity, amount_cents, card, email, phone, status, reason FROM shop_order"
+            "SELECT order_id, customer_id, sku, quantity, amount_cents, card, email, phone, status, reason"
+            " FROM shop_order"
         ).fetchall()
         evidence = {
             "orders": {row[0]: row for row in orders},
-            "payments": shop.execute("SELECT order_id, amount_cents, status, charge_id, refund_id FROM payment").fetchall(),
+            "payments": shop.execute(
+                "SELECT order_id, amount_cents, status, charge_id, refund_id FROM payment"
+            ).fetchall(),
             "reservations": shop.execute("SELECT order_id, sku, quantity FROM reservation").fetchall(),
-            "shelf": dict(shop.execute("SELECT sku, units FROM stock").fetchall()),
+            "shelf": dict[str, int](shop.execute("SELECT sku, units FROM stock").fetchall()),
             "history": shop.execute("SELECT order_id, event FROM history").fetchall(),
             "receipts": shop.execute("SELECT order_id, kind, receipt FROM notification").fetchall(),
             "dead_letters": shop.execute("SELECT type, key, code, reason FROM trunkline_dead_letter").fetchall(),
@@ -176,7 +179,9 @@ def checks(seen: Evidence) -> list[Check]:
 
 def _orders(seen: Evidence) -> list[Check]:
     lost = [name for name in seen.placed if name not in seen.orders]
-    answered = Check("orders that customers got an answer for, kept", _n(len(seen.placed)), _n(len(seen.placed) - len(lost)))
+    answered = Check(
+        "orders that customers got an answer for, kept", _n(len(seen.placed)), _n(len(seen.placed) - len(lost))
+    )
     answered.wrong = [f"{name} is lost" for name in lost] + [f"{name} is not in the data" for name in seen.unknown]
     if not seen.placed:
         answered.expected = "1 or more"
@@ -265,7 +270,9 @@ def _messages(seen: Evidence) -> list[Check]:
     sent = [(to, body.rpartition(" [")[0]) for to, body, _ in seen.texts]
     by_receipt = {("mail", message_id): subject for _, subject, message_id in seen.mails}
     by_receipt |= {("sms", sid): body.partition(".")[0] for _, body, sid in seen.texts}
-    noted = [(name, kind, by_receipt.get((kind, receipt), f"no {kind} {receipt}")) for name, kind, receipt in seen.receipts]
+    noted = [
+        (name, kind, by_receipt.get((kind, receipt), f"no {kind} {receipt}")) for name, kind, receipt in seen.receipts
+    ]
     events = [(p.order_id, event) for p in wanted for event in _EVENTS[p.ending]]
     return [
         _same("mails, one per order", [(p.email, subject(p)) for p in wanted], [row[:2] for row in seen.mails]),
@@ -297,7 +304,7 @@ def _text(item: Hashable) -> str:
 
 
 def _times(count: int) -> str:
-    return f" (× {count})" if count > 1 else ""
+    return f" ({count} times)" if count > 1 else ""
 
 
 def _n(count: int) -> str:
@@ -344,10 +351,13 @@ def audit(folder: Path, console: Console) -> bool:
     )
     failed = [check for check in done if check.wrong]
     if failed:
-        console.print(f"[bold red]The audit failed:[/] {len(failed)} of {len(done)} checks do not hold.", highlight=False)
+        console.print(
+            f"[bold red]The audit failed:[/] {len(failed)} of {len(done)} checks do not hold.", highlight=False
+        )
     else:
         console.print(
-            f"[bold green]The audit holds:[/] {_n(len(seen.wanted))} orders, nothing lost, nothing twice, {len(done)} checks.",
+            f"[bold green]The audit holds:[/] {_n(len(seen.wanted))} orders, nothing lost, nothing twice,"
+            f" {len(done)} checks.",
             highlight=False,
         )
     return not failed

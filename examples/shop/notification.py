@@ -20,7 +20,8 @@ notification.provide(Mail, open_mail)
 notification.provide(Sms, open_sms)
 notification.schema(
     "CREATE TABLE IF NOT EXISTS history ("
-    " number INTEGER PRIMARY KEY, order_id TEXT NOT NULL, event TEXT NOT NULL, message_id TEXT NOT NULL, at REAL NOT NULL)",
+    " number INTEGER PRIMARY KEY, order_id TEXT NOT NULL, event TEXT NOT NULL, message_id TEXT NOT NULL,"
+    " at REAL NOT NULL)",
     "CREATE INDEX IF NOT EXISTS history_order ON history (order_id)",
     # A second row for one order and kind is refused: it would be a second mail or SMS.
     "CREATE TABLE IF NOT EXISTS notification ("
@@ -51,7 +52,9 @@ async def note(messages: list[Message], ctx: Context) -> None:
 async def mail(ended: OrderConfirmed | OrderCancelled, server: Mail, ctx: Context) -> None:
     """Send the mail; after a crash again, with the same Message-ID."""
     subject, text = told(ended)
-    receipt = await server.send(message_id=ctx.message.id, to=ended.email, subject=subject, text=f"{subject}.\n\n{text}\n")
+    receipt = await server.send(
+        message_id=ctx.message.id, to=ended.email, subject=subject, text=f"{subject}.\n\n{text}\n"
+    )
     tx = await ctx.transaction()
     await tx.execute("INSERT INTO notification VALUES (?, 'mail', ?)", (ended.order_id, receipt))
 

@@ -172,7 +172,9 @@ async def site(running: Running) -> None:
 async def paid(event: PaymentSucceeded, ctx: Context) -> None:
     """Note it, unless the order has gone further already: the next event comes on another Stream."""
     tx = await ctx.transaction()
-    await tx.execute("UPDATE shop_order SET status = 'paid' WHERE order_id = ? AND status = 'placed'", (event.order_id,))
+    await tx.execute(
+        "UPDATE shop_order SET status = 'paid' WHERE order_id = ? AND status = 'placed'", (event.order_id,)
+    )
 
 
 @order.handle

@@ -53,10 +53,24 @@ _encode = msgspec.json.encode
 _new_order = msgspec.json.Decoder(NewOrder).decode
 
 
-def site(running: Running) -> Starlette:
-    """Return the ASGI application for a running order service."""
+class Site:
+    """The routes of a running order service; `application` is what a server needs."""
 
-    async def post(request: Request) -> Response:
+    def __init__(self, running: Running) -> None:
+        self._running = running
+        self.application = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/orders", self._post, methods=["POST"]),
+                Route("/orders", self._newest),
+                Route("/orders/{order_id}", self._get),
+            ],
+            # A page elsewhere whose name is made to point at loopback gets nothing.
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+            exception_handlers={TrunklineError: _unavailable},
+        )
+
+    async def _post(self, request: Request) -> Response:
         # Only what a page of another origin cannot send without asking first (CORS preflight).
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return _problem(415, "send the order as content-type: application/json")
@@ -65,46 +79,35 @@ def site(running: Running) -> Starlette:
             return _problem(413, f"an order has at most {BODY_LIMIT_BYTES} bytes")
         try:
             new = _new_order(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return _problem(422, str(error))
         try:
-            stored, is_new = await place(running, new)
+            stored, is_new = await place(self._running, new)
         except OtherOrderError as error:
             return _problem(409, str(error))
         return _json(201 if is_new else 200, stored, {"location": f"/orders/{stored.order_id}"})
 
-    async def get(request: Request) -> Response:
+    async def _get(self, request: Request) -> Response:
         order_id = request.path_params["order_id"]
-        found = await find(running, order_id)
+        found = await find(self._running, order_id)
         return _problem(404, f"no order {order_id[:80]!r}") if found is None else _json(200, found)
 
-    async def newest(request: Request) -> Response:
-        limit = request.query_params.get("limit", "50")
-        if not (limit.isascii() and limit.isdecimal() and 1 <= len(limit) <= 3 and 1 <= int(limit) <= PAGE_LIMIT):  # noqa: PLR2004
-            return _problem(422, f"limit is {limit[:20]!r}; allowed: 1 to {PAGE_LIMIT}")
-        body = _encode(await overview(running, int(limit)))
+    async def _newest(self, request: Request) -> Response:
+        limit = _limit(request.query_params.get("limit", "50"))
+        if limit is None:
+            return _problem(422, f"limit is {request.query_params['limit'][:20]!r}; allowed: 1 to {PAGE_LIMIT}")
+        body = _encode(await overview(self._running, limit))
         tag = f'"{blake2b(body, digest_size=12).hexdigest()}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"etag": tag})
         return Response(body, 200, {"etag": tag, "cache-control": "no-cache"}, "application/json")
 
-    async def page(_request: Request) -> Response:
+    async def _page(self, _request: Request) -> Response:
         return Response(PAGE, 200, _PAGE_HEADERS, "text/html")
 
-    async def unavailable(_request: Request, error: Exception) -> Response:
-        return Response(_encode({"error": str(error)}), 503, {"retry-after": "1"}, "application/json")
 
-    return Starlette(
-        routes=[
-            Route("/", page),
-            Route("/orders", post, methods=["POST"]),
-            Route("/orders", newest),
-            Route("/orders/{order_id}", get),
-        ],
-        # A page elsewhere whose name is made to point at loopback gets nothing.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
-        exception_handlers={TrunklineError: unavailable},
-    )
+async def _unavailable(_request: Request, error: Exception) -> Response:
+    return _json(503, {"error": str(error)}, {"retry-after": "1"})
 
 
 async def serve(running: Running) -> None:
@@ -112,7 +115,7 @@ async def serve(running: Running) -> None:
     listening = socket.create_server((HOST, _port()), backlog=512)
     server = _Server(
         uvicorn.Config(
-            site(running),
+            Site(running).application,
             lifespan="off",
             ws="none",
             access_log=False,
@@ -144,6 +147,12 @@ def _port() -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 65536):  # noqa: PLR2004 - ports have 16 bits
         raise SettingError("SHOP_PORT", f"is {text[:20]!r}; allowed: 0 to 65535")
     return int(text)
+
+
+def _limit(text: str) -> int | None:
+    if not (text.isascii() and text.isdecimal() and len(text) <= len(str(PAGE_LIMIT))):
+        return None
+    return int(text) if 1 <= int(text) <= PAGE_LIMIT else None
 
 
 async def _body(request: Request) -> bytes | None:

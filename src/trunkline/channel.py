@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints, is_typeddict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, dataclass_transform, get_type_hints, is_typeddict, overload
 
 import msgspec
 
@@ -24,8 +24,19 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,118}[a-z0-9])?")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+")
 
 
-class Struct(msgspec.Struct, frozen=True):
-    """Base for message payloads: an immutable msgspec Struct."""
+if TYPE_CHECKING:
+
+    @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
+    class _StructMeta(msgspec.StructMeta):
+        """Tells type checkers that subclasses are frozen without saying so; at run time they inherit it."""
+
+    class Struct(msgspec.Struct, metaclass=_StructMeta, frozen=True):
+        """Base for message payloads: an immutable msgspec Struct."""
+
+else:
+
+    class Struct(msgspec.Struct, frozen=True):
+        """Base for message payloads: an immutable msgspec Struct."""
 
 
 class MessageType:

@@ -149,16 +149,10 @@ system_clock = Clock()
 async def offload(function: Callable[..., T], *args: Any) -> T:
     """Run a blocking function in a worker thread; the only way to a thread.
 
-    A thread cannot be interrupted: when the caller is cancelled, the cancellation takes effect after `function`
-    has ended, so that nothing of it goes on unseen.
+    A thread cannot be interrupted: when the caller is cancelled, `function` goes on unheard.
     Raises: whatever `function` raises.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, function, *args)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        raise
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
 block: Callable[[float], None] = _time.sleep

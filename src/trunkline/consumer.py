@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from trunkline.clock import Clock
 from trunkline.delivery import MAX_CRASHES, Deliverer
-from trunkline.errors import TransportError, TrunklineError
+from trunkline.errors import LeaseLostError, TransportError, TrunklineError
 from trunkline.handler import Options
 from trunkline.lanes import Lanes
 from trunkline.message import unpack
@@ -24,6 +24,7 @@ from trunkline.store import Store, Unit
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
 
 log = logging.getLogger("trunkline.consumer")
+T = TypeVar("T")
 
 IN_FLIGHT = 1000
 """Most messages of one subscription under way in one process."""
@@ -71,8 +72,16 @@ class Consumer:
         self._assignment = -1
         self._redo: list[Delivery] = []
         self._acks: list[Delivery] = []
+        self._batch_ended = asyncio.Event()
+        self._batch_ended.set()
         self._gathered: list[Delivery] = []
         self._gathering = asyncio.Event()
+        self._batches_idle = asyncio.Event()
+        self._batches_idle.set()
+        self._going = asyncio.Event()
+        self._going.set()
+        self._draining = False
+        self._broken = False
         self.lanes: Lanes
 
     def start(self, deliverer: Deliverer) -> None:
@@ -91,13 +100,17 @@ class Consumer:
         self._tasks.append(task)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if task in self._tasks:
+            self._tasks.remove(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 
     async def drain(self, grace_s: float) -> None:
         """Let what is under way finish for up to `grace_s` seconds, then cancel it; its messages come again."""
+        self._draining = True
         self._under_way -= self.lanes.forget_waiting() + len(self._gathered)
         self._gathered.clear()
+        self._batches_idle.set()
         try:
             async with asyncio.timeout(grace_s):
                 await self._empty()
@@ -105,16 +118,17 @@ class Consumer:
             log.warning("%s: %d messages unfinished at stop; they come again", self.subscription.label, self._under_way)
 
     async def _empty(self) -> None:
-        while self._under_way:
+        while self._under_way and not self._broken:
             self._free = asyncio.get_running_loop().create_future()
             await self._free
 
     async def stop(self) -> None:
         """Cancel everything."""
         self.deliverer.stopping = True
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.lanes.stop()
 
     # --- receiving ---
@@ -125,17 +139,38 @@ class Consumer:
                 self._free = asyncio.get_running_loop().create_future()
                 await self._free
             await self.parking.room()
-            batch = await self._transport.receive(self.subscription, IN_FLIGHT - self._under_way)
+            try:
+                batch = await self._transport.receive(self.subscription, max(1, IN_FLIGHT - self._under_way))
+            except TransportError as error:
+                if not error.retryable:
+                    raise
+                log.warning("%s cannot receive, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
+                await self._clock.sleep(AGAIN_S)
+                continue
             self._under_way += len(batch)
-            assignment = self._transport.assignment(self.subscription)
-            if assignment != self._assignment:
-                # Before anything of a partition that is new here runs: its parked keys must be known.
-                await self.parking.load()
-                self._assignment = assignment
             await self._admit(batch)
+
+    async def _until_stored(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Await `act()`, again and again while the store has no room or does not answer.
+
+        Raises: TransportError when the store has failed for good.
+        """
+        while True:
+            try:
+                return await act()
+            except TransportError as error:
+                if _is_final(error):
+                    raise
+                log.warning("%s: again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
+            await self._clock.sleep(AGAIN_S)
 
     async def _admit(self, batch: list[Delivery]) -> None:
         """Read envelopes, acknowledge what was handled before, treat suspects, hand the rest to the lanes."""
+        assignment = self._transport.assignment(self.subscription)
+        if assignment != self._assignment:
+            # Before anything of a partition that is new here runs: its parked keys must be known.
+            await self._until_stored(self.parking.load)
+            self._assignment = assignment
         seen_before = [delivery for delivery in batch if not delivery.fresh]
         if seen_before:
             batch = self._without_known(batch, seen_before)
@@ -176,36 +211,47 @@ class Consumer:
     async def _admit_suspects(self, batch: list[Delivery]) -> list[Delivery]:
         """Count the try on disk before it begins; run alone what was under way in more than one crash."""
         suspects = [delivery for delivery in batch if delivery.suspect]
-        counts = dict(zip(map(id, suspects), await self._store.begin_attempts(suspects), strict=True))
+        counts = dict(zip(map(id, suspects), self._store.attempts(suspects), strict=True))
+        new = [delivery for delivery in suspects if not counts[id(delivery)]]
+        if new:
+            await self._until_stored(lambda: self._store.begin_attempts(new))
         runnable: list[Delivery] = []
-        for delivery in batch:
-            count = counts.get(id(delivery), 0)
+        for number, delivery in enumerate(batch):
+            if not counts.get(id(delivery)):
+                runnable.append(delivery)
+                continue
+            self._run(runnable)
+            runnable = []
+            if self._draining:
+                self._under_way -= len(batch) - number
+                self._give_room()
+                break
+            await self._run_alone(delivery)
+        return runnable
+
+    async def _run_alone(self, delivery: Delivery) -> None:
+        """Run a suspect while nothing else of its subscription does, and count it only now: so innocents are not."""
+        async with self._alone:
+            await self._idle()
+            (count,) = await self._until_stored(lambda: self._store.begin_attempts([delivery]))
             if count > MAX_CRASHES:
                 reason = f"the process died {count} times while handling it"
                 delivery.attempt = count
                 self.deliverer.settle(Unit((delivery,), self.settled), DeadLetter("crashed", reason))
-            elif count > 1:
-                self._run(runnable)
-                runnable = []
-                await self._run_alone(delivery)
-            else:
-                runnable.append(delivery)
-        return runnable
-
-    async def _run_alone(self, delivery: Delivery) -> None:
-        async with self._alone:
-            if self._batch:
-                await self.deliverer.deliver_batch([delivery])
                 return
-            await self.lanes.idle()
             self._run([delivery])
-            await self.lanes.idle()
+            await self._idle()
+
+    async def _idle(self) -> None:
+        await self.lanes.idle()
+        await self._batches_idle.wait()
 
     def _run(self, deliveries: Sequence[Delivery]) -> None:
         if not deliveries:
             return
         if self._batch:
             self._gathered += deliveries
+            self._batches_idle.clear()
             self._gathering.set()
         else:
             self.lanes.add(deliveries)
@@ -223,10 +269,15 @@ class Consumer:
             await self._gathering.wait()
             if options.wait_s and len(self._gathered) < options.size:
                 await self._clock.sleep(options.wait_s)
+            await self._going.wait()
             taken, self._gathered = self._gathered[: options.size], self._gathered[options.size :]
             if not self._gathered:
                 self._gathering.clear()
+            self._batch_ended.clear()
             await self.deliverer.deliver_batch(taken)
+            self._batch_ended.set()
+            if not (self._gathered or self._redo):
+                self._batches_idle.set()
 
     # --- after the commit ---
 
@@ -242,6 +293,9 @@ class Consumer:
         if not self._shared:
             self._acknowledge_later(unit)
         self._under_way -= len(unit.deliveries)
+        self._give_room()
+
+    def _give_room(self) -> None:
         if self._free is not None and not self._free.done():
             self._free.set_result(None)
 
@@ -254,7 +308,7 @@ class Consumer:
 
     def _send_acks(self) -> None:
         acks, self._acks = self._acks, []
-        self._spawn(self._transport.settle(acks))
+        self._spawn(self._until_stored(lambda: self._transport.settle(acks)))
 
     def _undone(self, unit: Unit, error: BaseException) -> None:
         """Nothing of `unit` was stored: do it again, before anything later of this subscription."""
@@ -262,31 +316,45 @@ class Consumer:
             # The user's statements broke a constraint at the end of the unit: a failure of the handler.
             self._retry_unit(unit, error)
             return
-        if not error.retryable or isinstance(error, TransportError) is False:
-            return  # the engine has stopped; the service stops with it
+        if _is_final(error):
+            self._broken = True  # the engine has stopped; the service stops with it
+            self._give_room()
+            return
         if not self._redo:
             log.warning("%s: the store refused a commit, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
             # What runs now was started after the messages that are done again: it comes after them.
             self.deliverer.epoch += 1
             self.lanes.pause()
-            self._clock.call_later(AGAIN_S, self._do_again)
+            self._going.clear()
+            self._spawn(self._do_again())
         self._redo += unit.deliveries
 
     def _retry_unit(self, unit: Unit, error: BaseException) -> None:
         for delivery in unit.deliveries:
+            self.parking.undone(delivery, unit.outcome)
             delivery.attempt += 1
             verdict = self._options.retry.verdict(
                 error, delivery.attempt + self._options.retry.immediate, self._clock.random()
             )
             self.deliverer.settle(Unit((delivery,), self.settled, unit.owner), verdict)
 
-    def _do_again(self) -> None:
+    async def _do_again(self) -> None:
+        """Put what was undone in front, once nothing older can be added to it any more."""
+        await self._clock.sleep(AGAIN_S)
+        await self.lanes.still()
+        await self._batch_ended.wait()
+        await self._until_stored(self.parking.load)
         redo, self._redo = self._redo, []
         redo.sort(key=lambda delivery: delivery.position)
-        self.parking.notify()
         if self._batch:
             self._gathered[:0] = redo
             self._gathering.set()
         else:
             self.lanes.add_first(redo)
+        self._going.set()
         self.lanes.resume()
+
+
+def _is_final(error: TrunklineError) -> bool:
+    """Return whether the engine has stopped: what waits is not done again in this process."""
+    return isinstance(error, LeaseLostError) or not (isinstance(error, TransportError) and error.retryable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import apsw
@@ -78,10 +79,13 @@ class ApswTransaction:
     ) -> None:
         self._open: apsw.Connection | None = connection
         self.failed = failed
+        # A handler's thread that outlived its time must not write into the next unit.
+        self.lock = Lock()
 
     def end(self) -> None:
-        """Refuse further statements."""
-        self._open = None
+        """Refuse further statements; one that is running ends first."""
+        with self.lock:
+            self._open = None
 
     def raw(self, sql: str = "") -> apsw.Connection:
         """Return the connection for a statement.
@@ -102,21 +106,23 @@ class ApswTransaction:
 
     async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Run one statement; return the number of rows it changed."""
-        connection = self.raw(sql)
-        before = connection.total_changes()
-        try:
-            connection.execute(sql, parameters)
-        except apsw.Error as error:
-            raise self.failed(error) from None
-        return connection.total_changes() - before
+        with self.lock:
+            connection = self.raw(sql)
+            before = connection.total_changes()
+            try:
+                connection.execute(sql, parameters)
+            except apsw.Error as error:
+                raise self.failed(error) from None
+            return connection.total_changes() - before
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query; return its rows."""
-        connection = self.raw(sql)
-        try:
-            return connection.execute(sql, parameters).fetchall()
-        except apsw.Error as error:
-            raise self.failed(error) from None
+        with self.lock:
+            connection = self.raw(sql)
+            try:
+                return connection.execute(sql, parameters).fetchall()
+            except apsw.Error as error:
+                raise self.failed(error) from None
 
     def connection(self) -> Connection:
         """Return a DB-API 2.0 connection on this transaction."""
@@ -182,6 +188,10 @@ class Cursor:
         return self._run(sql, lambda cursor: cursor.executemany(sql, rows))
 
     def _run(self, sql: str, call: Any) -> Cursor:
+        with self._transaction.lock:
+            return self._run_locked(sql, call)
+
+    def _run_locked(self, sql: str, call: Any) -> Cursor:
         connection = self._transaction.raw(sql)
         before = connection.total_changes()
         cursor = connection.cursor()

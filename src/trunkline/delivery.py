@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from trunkline.clock import Clock, offload
-from trunkline.errors import FatalStoreError, LeaseLostError, PublishError, TransportError
+from trunkline.errors import FatalStoreError, LeaseLostError, PublishError, StoreFullError, TransportError
 from trunkline.handler import Context, Handler, make_message, results
 from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.lanes import Resume
@@ -206,9 +206,11 @@ class Deliverer:
             except asyncio.CancelledError:
                 await self._undo(unit)
                 raise
-            except (FatalStoreError, LeaseLostError) as error:
+            except (StoreFullError, FatalStoreError, LeaseLostError) as error:
+                # Not a failure of the handler: it is done again when there is room, or by another process.
                 await self._undo(unit)
-                outcome = RetryNow(describe(error))
+                self._settled(unit, error)
+                return
             except Exception as error:  # noqa: BLE001 - the policy decides about every failure
                 await self._undo(unit)
                 delivery.attempt += 1
@@ -318,12 +320,29 @@ class Deliverer:
         if not runnable:
             return
         unit = Unit(tuple(runnable), self._settled, route.name)
-        outcome = await self._try_batch(route, unit, payloads)
-        if outcome is not None:
+        epoch = self.epoch
+        try:
+            outcome = await self._try_batch(route, unit, payloads)
+        except (StoreFullError, FatalStoreError, LeaseLostError) as error:
+            await self._undo(unit)
+            self._settled(unit, error)
+            return
+        if epoch != self.epoch:
+            await self._undo(unit)
+            self._settled(unit, UndoneError())
+        elif outcome is not None:
             self.settle(unit, outcome)
         else:
-            for delivery in runnable:
-                await self._deliver_alone(route, delivery)
+            await self._deliver_singly(route, runnable)
+
+    async def _deliver_singly(self, route: Route, deliveries: Sequence[Delivery]) -> None:
+        epoch = self.epoch
+        for number, delivery in enumerate(deliveries):
+            if epoch != self.epoch:
+                # One before it is done again: the rest comes after that.
+                self._settled(Unit(tuple(deliveries[number:]), self._settled, route.name), UndoneError())
+                return
+            await self._deliver_alone(route, delivery)
 
     def _undecodable(self, route: Route, delivery: Delivery, payloads: list[Any]) -> Outcome | None:
         message = delivery.message
@@ -350,9 +369,8 @@ class Deliverer:
         except asyncio.CancelledError:
             await self._undo(unit)
             raise
-        except (FatalStoreError, LeaseLostError) as error:
-            await self._undo(unit)
-            return RetryNow(describe(error))
+        except (StoreFullError, FatalStoreError, LeaseLostError):
+            raise
         except Exception as error:  # noqa: BLE001 - the policy decides about every failure
             await self._undo(unit)
             if len(unit.deliveries) == 1:

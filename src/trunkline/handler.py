@@ -151,7 +151,8 @@ class Context:
     """What a handler may do beyond returning messages. All of it joins the unit of work.
 
     Attributes:
-        message: the envelope being handled; None outside a handler.
+        message: the envelope being handled, the first one of a batch; in a unit of work outside a handler
+            there is none, and this is None although the type does not say so.
         attempt: failures so far; 0 at the first try.
         log: a logger that carries the handler's name.
         app_name: name of the service.
@@ -177,7 +178,7 @@ class Context:
         self._source = source
         self._allowed = allowed
         self._loop = asyncio.get_running_loop()
-        self.message = message
+        self.message: Message = message  # type: ignore[assignment]  # handlers need no check for None
         self.attempt = attempt
         self.log = log
 

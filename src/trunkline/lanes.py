@@ -67,7 +67,7 @@ class Lanes:
         self._awake = 0
         self._suspended = 0
         self._paused = False
-        self._idle: asyncio.Future[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
         self.failure: Callable[[BaseException], None] | None = None
 
     @property
@@ -100,13 +100,31 @@ class Lanes:
         self._ready.clear()
         for lane in self._busy.values():
             lane.clear()
+        self._tell_rested()
         return count
 
     async def idle(self) -> None:
         """Wait until nothing runs or waits."""
         while self._ready or self._suspended or self._awake:
-            self._idle = asyncio.get_running_loop().create_future()
-            await self._idle
+            await self._rested()
+
+    async def still(self) -> None:
+        """Wait until nothing runs; what waits is left alone, if paused."""
+        while self._suspended or self._awake:
+            await self._rested()
+
+    def _tell_rested(self) -> None:
+        if self._awake or self._suspended:
+            return
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            if not waiter.done():  # else whoever waited was cancelled
+                waiter.set_result(None)
+
+    async def _rested(self) -> None:
+        rested = asyncio.get_running_loop().create_future()
+        self._waiting.append(rested)
+        await rested
 
     async def stop(self) -> None:
         """Cancel what runs and forget what waits."""
@@ -148,8 +166,8 @@ class Lanes:
                 if rest_of_it is not None:
                     await self._stay_with(rest_of_it, key)
             self._awake -= 1
-            if self._idle is not None and not (self._awake or self._suspended or self._idle.done()):
-                self._idle.set_result(None)
+            if self._waiting:
+                self._tell_rested()
             rest = asyncio.get_running_loop().create_future()
             self._resting.append(rest)
             await rest

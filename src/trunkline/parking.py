@@ -91,16 +91,23 @@ class Parking:
             if isinstance(outcome, RetryLater):
                 self._changed.set()
             return
-        adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
-        change = int(adds) - int(delivery.row != LIVE)
-        if change:
-            count = self.keys.get(key, 0) + change
-            if count > 0:
-                self.keys[key] = count
-            else:
-                self.keys.pop(key, None)
-            self._total += change
-            self._check_room()
+        self._count(key, _change(delivery, outcome))
+
+    def undone(self, delivery: Delivery, outcome: Outcome) -> None:
+        """Take back what `settled` noted: it was not stored."""
+        if delivery.partition >= 0 and delivery.key is not None:
+            self._count(delivery.key, -_change(delivery, outcome))
+
+    def _count(self, key: str, change: int) -> None:
+        if not change:
+            return
+        count = self.keys.get(key, 0) + change
+        if count > 0:
+            self.keys[key] = count
+        else:
+            self.keys.pop(key, None)
+        self._total += change
+        self._check_room()
 
     def committed(self, delivery: Delivery) -> None:
         """Note that what became of a delivery is on disk: the next of its key may run."""
@@ -148,3 +155,9 @@ class Parking:
     def _emit(self, kind: str, reason: str) -> None:
         subscription = self._subscription
         self._hooks.emit(Fact(kind, subscription.name, subscription.channel.name, reason=reason))  # type: ignore[arg-type]
+
+
+def _change(delivery: Delivery, outcome: Outcome) -> int:
+    """Return by how much an outcome changes the number of parked or held messages of the delivery's key."""
+    adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
+    return int(adds) - int(delivery.row != LIVE)

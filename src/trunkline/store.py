@@ -147,6 +147,9 @@ class Store(Protocol):
     async def rollback(self, unit: Unit) -> None:
         """Undo what the transaction of `unit` wrote and close it."""
 
+    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Return how many tries of each were begun (see `begin_attempts`) and never came to an end."""
+
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Durably count one more try for each suspect; return the counts."""
 

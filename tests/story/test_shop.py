@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -96,7 +96,16 @@ def test_the_demo_leaves_other_peoples_folders_alone(tmp_path):
 
 
 def test_the_shop_stays_open_when_asked_to(tmp_path):
-    command = [sys.executable, "-m", "examples.shop.demo", "--orders", "20", "--folder", str(tmp_path / "demo"), "--keep"]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.shop.demo",
+        "--orders",
+        "20",
+        "--folder",
+        str(tmp_path / "demo"),
+        "--keep",
+    ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
@@ -106,7 +115,9 @@ def test_the_shop_stays_open_when_asked_to(tmp_path):
             placed = new_order("web-after-the-audit")
             reply = httpx.post(f"{url}/orders", json=msgspec.to_builtins(placed), trust_env=False)
             assert reply.status_code == 201
-            ended = until(lambda: httpx.get(f"{url}/orders/{placed.order_id}", trust_env=False).json()["status"], "confirmed")
+            ended = until(
+                lambda: httpx.get(f"{url}/orders/{placed.order_id}", trust_env=False).json()["status"], "confirmed"
+            )
             assert ended == "confirmed"
         finally:
             process.send_signal(signal.SIGINT)
@@ -148,8 +159,13 @@ def test_all_four_services_also_run_in_one_process(tmp_path):
         (tmp_path / PLACED).write_text("".join(f"{purchase.order_id}\n" for purchase in purchases))
         figures = Figures(wanted=20, placed=20)
         book = Book(tmp_path / DATABASE)
+
+        def all_done() -> bool:
+            book.read(figures)
+            return figures.all_done
+
         try:
-            assert until(lambda: book.read(figures) or figures.all_done, wanted=True)
+            assert until(all_done, wanted=True)
         finally:
             book.close()
         shop.stop()
@@ -164,19 +180,37 @@ def of(purchase: Purchase) -> NewOrder:
 # --- the audit finds what is wrong ---
 
 A_CONFIRMED = "(SELECT min(order_id) FROM shop_order WHERE status = 'confirmed')"
-ANOTHER_CONFIRMED = "(SELECT max(order_id) FROM shop_order WHERE status = 'confirmed')"
 A_REFUSED = "(SELECT min(order_id) FROM shop_order WHERE reason = 'payment refused')"
 A_SOLD_OUT = "(SELECT min(order_id) FROM shop_order WHERE reason = 'out of stock')"
 COPIED = "order_id, customer_id, sku, quantity, amount_cents, card, email, phone, status, reason, placed, ended"
 
+ENDINGS_EXCHANGED = (
+    f"UPDATE shop_order SET status = CASE order_id WHEN {A_REFUSED} THEN 'confirmed' ELSE 'cancelled' END,"
+    f" reason = CASE order_id WHEN {A_REFUSED} THEN NULL ELSE 'payment refused' END"
+    f" WHERE order_id IN ({A_REFUSED}, {A_CONFIRMED})"
+)
+NOTE = "order_id, event, message_id, at"
+NOTED_TWICE = f"INSERT INTO history ({NOTE}) SELECT {NOTE} FROM history LIMIT 1"
+DEAD = (
+    "INSERT INTO trunkline_dead_letter"
+    " (reader, channel, key, partition, position, id, type, code, reason, detail, attempt, at, holds, event)"
+    " VALUES (1, 'order-events', 'o', 0, 1, 'i', 'order.created', 'handler', 'r', '', 1, 0, 0, x'')"
+)
+
 WRONG_IN_THE_SHOP = {
-    "an order that stays open": (f"UPDATE shop_order SET status = 'paid' WHERE order_id = {A_CONFIRMED}", "orders under way"),
+    "an order that stays open": (
+        f"UPDATE shop_order SET status = 'paid' WHERE order_id = {A_CONFIRMED}",
+        "orders under way",
+    ),
     "a lost order": (f"DELETE FROM shop_order WHERE order_id = {A_CONFIRMED}", "answer for, kept"),
     "an order of nobody": (
         f"INSERT INTO shop_order ({COPIED}) SELECT 'cdnow-06000', {COPIED.partition(', ')[2]} FROM shop_order LIMIT 1",
         "orders that nobody placed",
     ),
-    "another amount": (f"UPDATE shop_order SET amount_cents = amount_cents + 1 WHERE order_id = {A_CONFIRMED}", "to the cent"),
+    "another amount": (
+        f"UPDATE shop_order SET amount_cents = amount_cents + 1 WHERE order_id = {A_CONFIRMED}",
+        "to the cent",
+    ),
     "another address": (f"UPDATE shop_order SET email = 'x@example.com' WHERE order_id = {A_CONFIRMED}", "to the cent"),
     "a refused order confirmed": (
         f"UPDATE shop_order SET status = 'confirmed', reason = NULL WHERE order_id = {A_REFUSED}",
@@ -190,18 +224,16 @@ WRONG_IN_THE_SHOP = {
         f"UPDATE shop_order SET reason = 'out of stock' WHERE order_id = {A_REFUSED}",
         "cancelled: payment refused",
     ),
-    "two endings exchanged": (
-        f"UPDATE shop_order SET status = CASE order_id WHEN {A_REFUSED} THEN 'confirmed' ELSE 'cancelled' END,"
-        f" reason = CASE order_id WHEN {A_REFUSED} THEN NULL ELSE 'payment refused' END"
-        f" WHERE order_id IN ({A_REFUSED}, {A_CONFIRMED})",
-        "orders confirmed",
-    ),
+    "two endings exchanged": (ENDINGS_EXCHANGED, "orders confirmed"),
     "a payment without a record": (f"DELETE FROM payment WHERE order_id = {A_CONFIRMED}", "payments in the books"),
     "a record of another charge": (
         f"UPDATE payment SET charge_id = 'pi_other' WHERE order_id = {A_CONFIRMED}",
         "payments in the books",
     ),
-    "a refund not recorded": (f"UPDATE payment SET status = 'refunding' WHERE order_id = {A_SOLD_OUT}", "payments in the books"),
+    "a refund not recorded": (
+        f"UPDATE payment SET status = 'refunding' WHERE order_id = {A_SOLD_OUT}",
+        "payments in the books",
+    ),
     "a missing reservation": (f"DELETE FROM reservation WHERE order_id = {A_CONFIRMED}", "reservations, one per order"),
     "a reservation for a cancelled order": (
         f"INSERT INTO reservation VALUES ({A_SOLD_OUT}, '{SOLD_OUT}', 1)",
@@ -213,57 +245,58 @@ WRONG_IN_THE_SHOP = {
     ),
     "a unit taken twice": ("UPDATE stock SET units = units - 1 WHERE sku = 'cd-01'", "units off the shelf"),
     "an event that was not noted": ("DELETE FROM history WHERE number = 1", "events in the orders' histories"),
-    "an event noted twice": (
-        "INSERT INTO history (order_id, event, message_id, at) SELECT order_id, event, message_id, at FROM history LIMIT 1",
-        "events in the orders' histories",
+    "an event noted twice": (NOTED_TWICE, "events in the orders' histories"),
+    "a receipt that is missing": (
+        f"DELETE FROM notification WHERE kind = 'sms' AND order_id = {A_CONFIRMED}",
+        "receipts of both",
     ),
-    "a receipt that is missing": (f"DELETE FROM notification WHERE kind = 'sms' AND order_id = {A_CONFIRMED}", "receipts of both"),
     "a receipt for nothing": (
         f"UPDATE notification SET receipt = 'SM0' WHERE kind = 'sms' AND order_id = {A_CONFIRMED}",
         "receipts of both",
     ),
-    "a dead letter": (
-        "INSERT INTO trunkline_dead_letter (reader, channel, key, partition, position, id, type, code, reason, detail,"
-        " attempt, at, holds, event) VALUES (1, 'order-events', 'o', 0, 1, 'i', 'order.created', 'handler', 'r', '', 1, 0, 0, x'')",
-        "dead letters",
-    ),
+    "a dead letter": (DEAD, "dead letters"),
 }
 
 ONE_CHARGE = "(SELECT min(number) FROM charge WHERE status = 'succeeded')"
-EVERY_CHARGE_COLUMN = (
-    "amount_cents, currency, payment_method, status, decline_code, order_id, description, metadata, idempotency_key, created"
+SAME = "amount_cents, currency, payment_method, status, order_id, metadata, created"
+AGAIN = f"INSERT INTO charge (payment_intent, charge, {SAME}) SELECT 'pi_2', 'ch_2', {SAME} FROM charge"
+ONE_DECLINED = "(SELECT min(number) FROM charge WHERE status = 'declined')"
+FIRST, LAST = (f"(SELECT {end}(order_id) FROM charge WHERE status = 'succeeded')" for end in ("min", "max"))
+EXCHANGED = (
+    f"UPDATE charge SET order_id = CASE order_id WHEN {FIRST} THEN {LAST} ELSE {FIRST} END"
+    f" WHERE status = 'succeeded' AND order_id IN ({FIRST}, {LAST})"
 )
-AGAIN = (
-    f"INSERT INTO charge (payment_intent, charge, {EVERY_CHARGE_COLUMN}) SELECT 'pi_2', 'ch_2', {EVERY_CHARGE_COLUMN} FROM charge"
+REFUNDED_FOR_NOTHING = (
+    "INSERT INTO refund (refund, payment_intent, amount_cents, metadata, created)"
+    " SELECT 're_2', payment_intent, amount_cents, '{}', 0 FROM charge"
+    " WHERE status = 'succeeded' AND payment_intent NOT IN (SELECT payment_intent FROM refund) LIMIT 1"
 )
 WRONG_AT_STRIPE = {
     "a charge made twice": (f"{AGAIN} WHERE number = {ONE_CHARGE}", "charges captured"),
     "a charge that was never made": (f"DELETE FROM charge WHERE number = {ONE_CHARGE}", "charges captured"),
-    "a cent too much": (f"UPDATE charge SET amount_cents = amount_cents + 1 WHERE number = {ONE_CHARGE}", "dollars captured"),
-    "two amounts exchanged, the sum the same": (
-        "UPDATE charge SET order_id = CASE order_id WHEN (SELECT min(order_id) FROM charge WHERE status = 'succeeded')"
-        " THEN (SELECT max(order_id) FROM charge WHERE status = 'succeeded')"
-        " ELSE (SELECT min(order_id) FROM charge WHERE status = 'succeeded') END WHERE status = 'succeeded' AND order_id IN"
-        " ((SELECT min(order_id) FROM charge WHERE status = 'succeeded'),"
-        " (SELECT max(order_id) FROM charge WHERE status = 'succeeded'))",
-        "charges captured",
+    "a cent too much": (
+        f"UPDATE charge SET amount_cents = amount_cents + 1 WHERE number = {ONE_CHARGE}",
+        "dollars captured",
     ),
-    "a charge of an order that nobody knows": (f"UPDATE charge SET order_id = 'x' WHERE number = {ONE_CHARGE}", "money kept"),
+    "two amounts exchanged, the sum the same": (EXCHANGED, "charges captured"),
+    "a charge of an order that nobody knows": (
+        f"UPDATE charge SET order_id = 'x' WHERE number = {ONE_CHARGE}",
+        "money kept",
+    ),
     "a refused card asked twice": (f"{AGAIN} WHERE status = 'declined' LIMIT 1", "charges refused"),
     "a refused card charged": (
-        "UPDATE charge SET status = 'succeeded' WHERE number = (SELECT min(number) FROM charge WHERE status = 'declined')",
+        f"UPDATE charge SET status = 'succeeded' WHERE number = {ONE_DECLINED}",
         "orders with money kept",
     ),
-    "a refund that was never made": ("DELETE FROM refund WHERE number = (SELECT min(number) FROM refund)", "refunds of the full"),
+    "a refund that was never made": (
+        "DELETE FROM refund WHERE number = (SELECT min(number) FROM refund)",
+        "refunds of the full",
+    ),
     "a refund short of a cent": (
         "UPDATE refund SET amount_cents = amount_cents - 1 WHERE number = (SELECT min(number) FROM refund)",
         "refunds of the full",
     ),
-    "a refund of a good order": (
-        "INSERT INTO refund (refund, payment_intent, amount_cents, metadata, created) SELECT 're_2', payment_intent, amount_cents,"
-        " '{}', 0 FROM charge WHERE status = 'succeeded' AND payment_intent NOT IN (SELECT payment_intent FROM refund) LIMIT 1",
-        "refunds of the full",
-    ),
+    "a refund of a good order": (REFUNDED_FOR_NOTHING, "refunds of the full"),
 }
 
 MAIL_AGAIN = (
@@ -271,15 +304,21 @@ MAIL_AGAIN = (
     " SELECT '<other@example.com>', sender, recipient, subject, body, received FROM delivery LIMIT 1;"
     "INSERT INTO mailbox SELECT recipient, message_id, number FROM delivery WHERE message_id = '<other@example.com>'"
 )
+OPPOSITE = (
+    "UPDATE delivery SET subject = replace(subject, 'confirmed', 'cancelled')"
+    " WHERE number = (SELECT min(number) FROM delivery WHERE subject LIKE '%confirmed')"
+)
 WRONG_IN_THE_POST = {
-    "a mail that is missing": ("DELETE FROM mailbox WHERE delivery = (SELECT min(delivery) FROM mailbox)", "mails, one per order"),
-    "a mail sent twice": (MAIL_AGAIN, "mails, one per order"),
-    "a mail to somebody else": ("UPDATE delivery SET recipient = 'x@example.com' WHERE number = 1", "mails, one per order"),
-    "a mail that says the opposite": (
-        "UPDATE delivery SET subject = replace(subject, 'confirmed', 'cancelled')"
-        " WHERE number = (SELECT min(number) FROM delivery WHERE subject LIKE '%confirmed')",
+    "a mail that is missing": (
+        "DELETE FROM mailbox WHERE delivery = (SELECT min(delivery) FROM mailbox)",
         "mails, one per order",
     ),
+    "a mail sent twice": (MAIL_AGAIN, "mails, one per order"),
+    "a mail to somebody else": (
+        "UPDATE delivery SET recipient = 'x@example.com' WHERE number = 1",
+        "mails, one per order",
+    ),
+    "a mail that says the opposite": (OPPOSITE, "mails, one per order"),
 }
 SMS_AGAIN = (
     "INSERT INTO message (sid, account_sid, to_number, from_number, body, created)"
@@ -472,7 +511,9 @@ async def test_a_body_that_is_no_order_is_refused(client, content):
 
 
 async def test_what_another_pages_form_can_send_is_refused(client):
-    answer = await client.post("/orders", content=msgspec.json.encode(new_order()), headers={"content-type": "text/plain"})
+    answer = await client.post(
+        "/orders", content=msgspec.json.encode(new_order()), headers={"content-type": "text/plain"}
+    )
     assert answer.status_code == 415
 
 

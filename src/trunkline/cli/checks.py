@@ -18,7 +18,6 @@ from typing import Literal
 import apsw
 import msgspec
 
-from trunkline.app import INBOX_WINDOW_S
 from trunkline.channel import Channel
 from trunkline.cli.embedded import EmbeddedFile, file_path
 from trunkline.cli.terminal import ago, size
@@ -27,6 +26,7 @@ from trunkline.config import Settings
 from trunkline.engine import LEASE_S
 from trunkline.errors import TrunklineError
 from trunkline.service import System
+from trunkline.store import INBOX_WINDOW_S
 from trunkline.topology import EVERY, describe
 from trunkline.transport import Transport, load_adapter, parse_address
 

@@ -180,6 +180,10 @@ class MemoryStore:
 
     # --- suspects ---
 
+    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Return the tries that never came to an end; see Store."""
+        return [self._attempts.get(_attempt_id(delivery), 0) for delivery in deliveries]
+
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Count one more try for each; see Store."""
         counts = []

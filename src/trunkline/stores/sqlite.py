@@ -276,6 +276,15 @@ class SqliteStore:
 
     # --- suspects ---
 
+    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+        """Return the tries that never came to an end; see Store."""
+        sql = "SELECT count FROM trunkline_attempt WHERE reader = ? AND id = ?"
+        counts = []
+        for delivery in deliveries:
+            rows = query(self.engine.reader, sql, (self._reader(delivery.subscription), _attempt_id(delivery)))
+            counts.append(int(rows[0][0]) if rows else 0)
+        return counts
+
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Count one more try for each suspect; see Store."""
         rows = [(self._reader(d.subscription), _attempt_id(d)) for d in deliveries]

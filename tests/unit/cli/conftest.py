@@ -8,10 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from trunkline.cli import commands
 
 SHOP = """
 from trunkline import Context, Queue, Retry, Service, Stream, Struct, System, Topic
@@ -94,30 +99,49 @@ class Project:
         return [sys.executable, "-m", "trunkline.cli", *arguments]
 
     def cli(self, *arguments: str, stdin: str | None = None, code: int = 0, **environment: str) -> SimpleNamespace:
-        """Run one command to its end; its exit code must be `code`."""
+        """Run one command to its end; its exit code must be `code`.
+
+        Commands that import no module of the project run in this process, which is ten times as fast.
+        """
+        run = self._here if {"dead", "backlog", "tail", "new"} & set(arguments[:1]) else self._apart
+        out, err, exit_code = run(arguments, stdin, self.environment(**environment))
+        assert exit_code == code, f"{arguments}: {exit_code}\n{out}{err}"
+        return SimpleNamespace(out=out, err=err)
+
+    def _apart(
+        self, arguments: tuple[str, ...], stdin: str | None, environment: dict[str, str]
+    ) -> tuple[str, str, int]:
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
-            env=self.environment(**environment),
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
+            env=environment,
+            input=stdin or "",
             capture_output=True,
             text=True,
             check=False,
             timeout=DEADLINE_S,
         )
-        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return SimpleNamespace(out=done.stdout, err=done.stderr)
+        return done.stdout, done.stderr, done.returncode
 
-    def json(self, *arguments: str, **options) -> object:
+    def _here(self, arguments: tuple[str, ...], stdin: str | None, environment: dict[str, str]) -> tuple[str, str, int]:
+        unset = {name: None for name in os.environ if name not in environment}
+        with contextlib.chdir(self.folder):
+            done = CliRunner().invoke(commands.app, arguments, input=stdin, env={**unset, **environment})
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done.stdout, done.stderr, done.exit_code
+
+    def json(self, *arguments: str, **options: Any) -> Any:
         return json.loads(self.cli(*arguments, "--json", **options).out)
 
-    def publish(self, type_name: str, *payloads: dict[str, object]) -> list[str]:
+    def publish(self, type_name: str, *payloads: dict[str, Any]) -> list[str]:
         lines = "\n".join(json.dumps(payload) for payload in payloads)
-        return self.cli("publish", "shop:system", type_name, "-", stdin=lines).out.split()
+        ids: list[str] = self.cli("publish", "shop:system", type_name, "-", stdin=lines).out.split()
+        return ids
 
-    def dead(self) -> list[dict[str, object]]:
-        return self.json("dead", "list")  # type: ignore[return-value]
+    def dead(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.json("dead", "list")
+        return found
 
     def log(self) -> str:
         return (self.folder / "run.log").read_text()
@@ -144,6 +168,10 @@ class Project:
                 process.wait(DEADLINE_S)
 
 
+def _has_dead(project: Project, number: int) -> bool:
+    return len(project.dead()) == number
+
+
 @pytest.fixture
 def project(tmp_path):
     return Project(tmp_path)
@@ -156,16 +184,34 @@ def buried(tmp_path_factory):
     with project.running("shop:system"):
         for number, order in ((1, "a"), (2, "b")):
             project.publish("OrderPlaced", {"order_id": order, "amount": -number})
-            wait_until(lambda number=number: len(project.dead()) == number, f"dead letter {number}")
+            wait_until(partial(_has_dead, project, number), f"dead letter {number}")
         project.publish("OrderPlaced", *({"order_id": "c", "amount": amount} for amount in (-3, 4, 5)))
         wait_until(lambda: len(project.dead()) == 3 and project.dead()[2]["waiting_behind"] == 2, "two behind")
     return project
 
 
+@pytest.fixture(scope="session")
+def used_once(tmp_path_factory):
+    """A project whose file exists and is empty; nothing runs."""
+    project = Project(tmp_path_factory.mktemp("used"))
+    with project.running("shop:system"):
+        pass
+    return project
+
+
+@pytest.fixture
+def used(used_once, tmp_path):
+    """A copy of `used_once` to change."""
+    return _copy(used_once, tmp_path)
+
+
 @pytest.fixture
 def buried_copy(buried, tmp_path):
     """A copy of `buried` to change."""
-    project = Project(tmp_path)
-    for path in buried.folder.glob("trunkline.db*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return project
+    return _copy(buried, tmp_path)
+
+
+def _copy(project: Project, folder: Path) -> Project:
+    for path in project.folder.glob("trunkline.db*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return Project(folder)

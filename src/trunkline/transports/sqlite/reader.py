@@ -14,6 +14,7 @@ import apsw
 
 from trunkline.channel import Stream
 from trunkline.engine import query
+from trunkline.errors import TransportError
 from trunkline.transport import Delivery, Subscription
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ class Reader:
         while True:
             if not self.draining:
                 if self.behind and not self.buffer and self.held < BUFFER:
-                    await self.load(min(limit, BUFFER - self.held))
+                    self.behind = False
+                    try:
+                        await self.load(min(limit, BUFFER - self.held))
+                    except BaseException:
+                        self.behind = True
+                        raise
                 if self.buffer:
                     buffer = self.buffer
                     return [buffer.popleft() for _ in range(min(limit, len(buffer)))]
@@ -89,12 +95,15 @@ class QueueReader(Reader):
 
     async def load(self, limit: int) -> None:
         """Claim up to `limit` waiting messages."""
-        self.behind = False
         engine = self.transport.engine
         ready = "SELECT 1 FROM trunkline_queue WHERE subscription = ? AND owner IS NULL LIMIT 1"
         if not query(engine.reader, ready, (self.number,)):
             return
-        rows = await engine.run(lambda connection: self._claim(connection, limit))
+        try:
+            rows = await engine.run(lambda connection: self._claim(connection, limit))
+        except TransportError:
+            self.behind = True
+            raise
         if len(rows) == limit:
             self.behind = True
         self.held += len(rows)
@@ -167,7 +176,6 @@ class StreamReader(Reader):
 
     async def load(self, limit: int) -> None:
         """Read on in the log; rows of partitions that others own are passed over."""
-        self.behind = False
         rows = query(
             self.transport.engine.reader,
             "SELECT position, partition, event FROM trunkline_log WHERE channel = ? AND position > ?"
@@ -218,8 +226,8 @@ class StreamReader(Reader):
         released = [n for n in leaving & self.leaving if not self.partitions[n].pending]
         for number in released:
             connection.execute(
-                "UPDATE trunkline_partition SET owner = NULL WHERE subscription = ? AND partition = ?",
-                (self.number, number),
+                "UPDATE trunkline_partition SET owner = NULL, suspect = ? WHERE subscription = ? AND partition = ?",
+                (self.partitions[number].suspects > 0, self.number, number),
             )
         acquired = []
         for number in target - set(self.partitions):

@@ -83,6 +83,7 @@ class SqliteTransport:
         self._options = address.options
         self.clock = clock
         self._routes: dict[str, _Route] = {}
+        self._new_routes: list[str] = []
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._stored: dict[tuple[str, str], QueueReader | StreamReader] = {}
         self._retention: dict[str, float] = {}
@@ -345,6 +346,7 @@ class SqliteTransport:
 
     def committed(self, units: Sequence[Unit]) -> None:
         """Hand over what was just committed and give room for more."""
+        self._new_routes.clear()
         self._advanced.clear()
         self._noted.clear()
         fresh, self._fresh = self._fresh, []
@@ -358,6 +360,9 @@ class SqliteTransport:
     def aborted(self) -> None:
         """Take back what `apply` noted: the group was undone."""
         self._stale = True
+        for name in self._new_routes:
+            self._routes.pop(name, None)  # its number was undone with it
+        self._new_routes.clear()
         for reader, _ in self._fresh:
             if isinstance(reader, QueueReader):
                 reader.held -= 1
@@ -432,6 +437,7 @@ class SqliteTransport:
                 for row in query(connection, "SELECT id FROM trunkline_subscription WHERE channel = ?", (route.number,))
             ]
         self._routes[channel.name] = route
+        self._new_routes.append(channel.name)
         return route
 
     async def _keep_balance(self) -> None:

@@ -1,0 +1,4 @@
+"""Every figure the documentation quotes, reproducible with one command: `python -m benchmarks`.
+
+Read next: docs/explanation/performance.md, then cases.py.
+"""

@@ -1,0 +1,86 @@
+"""Trunkline on a file that already holds much: waiting, delayed and parked messages.
+
+Read next: start.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.cases import Run
+from benchmarks.contestants.embedded import Kind, declare, fill, load, url
+from benchmarks.contestants.orders import OrderCreated, OrderPriced, order
+from trunkline import App, Queue, Retry, Service, Stream
+
+DELAYED_SHARE = 100
+PARKED_SHARE = 1000
+"""Of 1,000,000 waiting messages: 10,000 delayed, 1,000 parked keys."""
+
+
+def make(run: Run) -> dict[str, float]:
+    """Fill a file: orders that wait in a queue, prices to be sent tomorrow, orders parked until tomorrow."""
+    uvloop.run(_make(run.folder, run.messages))
+    return {}
+
+
+async def _make(folder: Path, messages: int) -> None:
+    prices = Queue("prices")
+    prices.command(OrderPriced)
+    await _park(folder, max(1, messages // PARKED_SHARE))
+    declare("queue")
+    await fill(folder, messages)
+    tomorrow = timedelta(days=1)
+    async with App(Service("order"), transport=url(folder)) as app:
+        delayed = (app.schedule(OrderPriced(str(n), n), tomorrow) for n in range(max(1, messages // DELAYED_SHARE)))
+        await asyncio.gather(*delayed)
+
+
+async def _park(folder: Path, keys: int) -> None:
+    stream = declare_stream()
+    service = Service("payment")
+    failed = 0
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @service.handle(retry=Retry(immediate=0, delays_s=(86_400.0,)))
+    async def refuse(_order: OrderCreated) -> None:
+        nonlocal failed
+        failed += 1
+        if failed == keys:
+            done.set_result(None)
+        raise ConnectionError("the bank is closed until tomorrow")
+
+    async with App(service, transport=url(folder)) as app:
+        for number in range(keys):
+            await app.publish(order(1_000_000 + number), to=stream)
+        await done
+
+
+def declare_stream() -> Stream:
+    """Declare the stream whose subscription has parked keys."""
+    stream = Stream("order-events", key="order_id")
+    stream.event(OrderCreated)
+    return stream
+
+
+def beside(run: Run, *, full: bool) -> dict[str, float]:
+    """Publish and handle on the stream, with the rest in the same file, or in an empty file."""
+    _copy(run, full=full)
+    declare_stream()
+    return uvloop.run(load(run.folder, run.messages // 10, None))
+
+
+def working_off(run: Run, *, full: bool) -> dict[str, float]:
+    """Publish to and handle from the queue where the others wait, or an empty one."""
+    _copy(run, full=full)
+    return uvloop.run(load(run.folder, run.messages // 10, "queue"))
+
+
+def _copy(run: Run, *, full: bool) -> None:
+    if full:
+        for path in run.shared.glob("trunkline.db*"):
+            shutil.copy(path, run.folder / path.name)
