@@ -31,7 +31,7 @@ def declare(kind: Kind) -> Stream | Queue | Topic:
         queue = Queue("orders")
         queue.command(OrderCreated)
         return queue
-    channel = Topic("orders") if kind == "topic" else Stream("orders", key="order_id")
+    channel = Topic("order-news") if kind == "topic" else Stream("order-events", key="order_id")
     channel.event(OrderCreated)
     return channel
 

@@ -267,9 +267,7 @@ class Demo:
         # Without the order service nothing ends: in the end all customers wait, or try in vain.
         await self._wait(lambda: figures.retries > before or self._customers_wait())
         tries = figures.retries - before
-        self.say(
-            f"{tries} orders find nobody to take them; their customers try again" if tries else "the customers wait"
-        )
+        self.say(f"requests without an answer: {tries}; they are sent again" if tries else "the customers wait")
         self._start("order", "notification")
 
     def _customers_wait(self) -> bool:

@@ -48,7 +48,8 @@ async def note(messages: list[Message], ctx: Context) -> None:
 # Mail and SMS read on their own: when one provider is away, the other's messages still leave.
 
 
-@notification.handle(subscription="notification-mail", retry=PROVIDER_AWAY)
+# No more at once than may be handed over a second time after a crash.
+@notification.handle(subscription="notification-mail", retry=PROVIDER_AWAY, concurrency=8)
 async def mail(ended: OrderConfirmed | OrderCancelled, server: Mail, ctx: Context) -> None:
     """Send the mail; after a crash again, with the same Message-ID."""
     subject, text = told(ended)

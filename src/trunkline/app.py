@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from trunkline.channel import Channel, Queue
+from trunkline.channel import Channel, Queue, message_type, message_types
 from trunkline.clock import Clock, offload, system_clock
 from trunkline.consumer import Consumer
 from trunkline.delivery import Deliverer, compile_routes
@@ -405,8 +405,10 @@ class Running:
         try:
             yield context
         except BaseException:
+            context.end()
             await self.app.store.rollback(unit)
             raise
+        context.end()
         self.app.store.submit(unit)
         await future
 
@@ -434,21 +436,19 @@ def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
 
 def _channels(system: System) -> dict[str, Channel]:
     """Return every channel that a system reads or publishes to, by name."""
-    from trunkline.channel import message_type
-
     channels: dict[str, Channel] = {}
     for service in system.services:
         for handler in service.handlers:
             found = [handler.channel]
-            for cls in handler.gives:
-                declared = message_type(cls)
-                if declared is not None:
-                    found.append(declared.channel)
+            found += [declared.channel for cls in handler.gives if (declared := message_type(cls)) is not None]
             for channel in found:
                 if channels.setdefault(channel.name, channel) is not channel:
                     raise DefinitionError(
                         "E109", f"two channels are named {channel.name!r}", "share one object, or rename one of them"
                     )
+    # Units of work outside handlers may publish to any declared channel, so the relay must know them all.
+    for declared in message_types():
+        channels.setdefault(declared.channel.name, declared.channel)
     return channels
 
 

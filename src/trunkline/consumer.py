@@ -76,6 +76,7 @@ class Consumer:
         self._batch_ended.set()
         self._gathered: list[Delivery] = []
         self._gathering = asyncio.Event()
+        self._full = asyncio.Event()
         self._batches_idle = asyncio.Event()
         self._batches_idle.set()
         self._going = asyncio.Event()
@@ -188,7 +189,7 @@ class Consumer:
             return batch
         rest = []
         for delivery in batch:
-            if delivery.message is not None and delivery.message.identity in known:
+            if delivery.message is not None and (delivery.message.tenantid or "", delivery.message.identity) in known:
                 self._acknowledge(delivery)
             else:
                 rest.append(delivery)
@@ -268,7 +269,7 @@ class Consumer:
         while True:
             await self._gathering.wait()
             if options.wait_s and len(self._gathered) < options.size:
-                await self._clock.sleep(options.wait_s)
+                await self._fill(options.wait_s)
             await self._going.wait()
             taken, self._gathered = self._gathered[: options.size], self._gathered[options.size :]
             if not self._gathered:
@@ -279,6 +280,13 @@ class Consumer:
             if not (self._gathered or self._redo):
                 self._batches_idle.set()
 
+    async def _fill(self, wait_s: float) -> None:
+        """Wait until a batch is full, `wait_s` seconds at most."""
+        self._full.clear()
+        timer = self._clock.call_later(wait_s, self._full.set)
+        await self._full.wait()
+        timer.cancel()
+
     # --- after the commit ---
 
     def settled(self, unit: Unit, error: BaseException | None) -> None:
@@ -288,7 +296,7 @@ class Consumer:
             return
         parking = self.parking
         for delivery in unit.deliveries:
-            if parking.keys or delivery.row != LIVE:
+            if parking.keys or delivery.row != LIVE or unit.outcome is not ACK:
                 parking.committed(delivery)
         if not self._shared:
             self._acknowledge_later(unit)

@@ -176,7 +176,8 @@ class Deliverer:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 return DeadLetter("E400", f"not an envelope: {describe(error)}")
         if delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0:
-            return BEHIND
+            handled = self._every is not None or message.type in self._routes
+            return BEHIND if handled else PASSED
         if message.expirytime is not None and message.expirytime < self._clock.now():
             return Discard("expired")
         return None
@@ -256,7 +257,7 @@ class Deliverer:
         return value
 
     def _context(self, route: Route, unit: Unit, delivery: Delivery) -> Context:
-        return Context(
+        unit.context = context = Context(
             unit=unit,
             store=self._store,
             clock=self._clock,
@@ -266,6 +267,7 @@ class Deliverer:
             allowed=route.allowed,
             log=self._log,
         )
+        return context
 
     def _stage(self, route: Route, unit: Unit, message: Message | None, value: Any) -> None:
         for payload in results(value):
@@ -278,15 +280,18 @@ class Deliverer:
             unit.stage(make_message(payload, self._clock, self._source, None, None, message, {}))
 
     async def _undo(self, unit: Unit) -> None:
+        unit.end_context()
         unit.staged = ()
         if unit.transaction is not None:
             await self._store.rollback(unit)
 
-    def settle(self, unit: Unit, outcome: Outcome) -> None:
+    def settle(self, unit: Unit, outcome: Outcome) -> None:  # noqa: C901 - one match, every outcome
         """Act on an outcome: the only place that does. The store commits it with the next group."""
         if isinstance(outcome, DeadLetter) and not self._holds:
             outcome = msgspec.structs.replace(outcome, holds=False)
         unit.outcome = outcome
+        if unit.context is not None:
+            unit.end_context()
         for delivery in unit.deliveries:
             if outcome is ACK and delivery.row == LIVE:
                 continue  # the usual case: nothing to note
@@ -364,6 +369,9 @@ class Deliverer:
             value = await self._run(route, unit, first, call)
             if value is not None:
                 self._stage(route, unit, first.message, value)
+            if unit.transaction is None and len(unit.deliveries) > 1:
+                # A duplicate among them is told here, where the others can still be done alone.
+                await self._store.transaction(unit)
         except DuplicateSignal:
             await self._undo(unit)
         except asyncio.CancelledError:

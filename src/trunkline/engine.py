@@ -27,7 +27,7 @@ from trunkline.errors import (
     StoreFullError,
     TransportError,
 )
-from trunkline.process_lock import ProcessLock
+from trunkline.membership import Membership
 from trunkline.store import DuplicateSignal, Unit
 
 log = logging.getLogger("trunkline.engine")
@@ -57,6 +57,8 @@ class Stage(Protocol):
     """A part of the engine's group: what a transport or store writes for units."""
 
     schema: str
+    owned: tuple[str, ...]
+    """Its tables with an `owner`, in which a process holds rows."""
 
     def apply(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
         """Write `units` inside the open transaction."""
@@ -157,10 +159,10 @@ class Engine:
             raise TransportError(
                 "E501", f"{self.path} cannot be opened: {error}", "check that its folder exists and can be written"
             ) from error
-        self._lock = ProcessLock(self.path)
+        self._membership = Membership(self)
         self._thread = WorkerThread(f"trunkline-{Path(self.path).name}")
-        await self._register()
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_lease())]
+        self.process = await self._membership.register()
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._membership.keep())]
 
     def _prepare(self) -> None:
         writer = self._writer
@@ -170,7 +172,9 @@ class Engine:
             raise ConfigurationError(
                 "E204", f"{self.path} cannot use write-ahead logging (mode {mode!r})", "use a local file system"
             )
-        writer.execute("PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=4000; PRAGMA foreign_keys=ON")
+        # One by one: a statement that returns rows ends `execute` before the next one.
+        for setting in ("synchronous=FULL", "wal_autocheckpoint=4000", "foreign_keys=ON"):
+            query(writer, f"PRAGMA {setting}")
         writer.execute("BEGIN IMMEDIATE")
         (version,) = query(writer, "PRAGMA user_version")[0]
         if version not in (0, SCHEMA_VERSION):
@@ -220,7 +224,7 @@ class Engine:
         self._thread.stop()
         self.reader.close()
         self._writer.close()
-        self._lock.close()
+        self._membership.close()
 
     # --- work for the next group ---
 
@@ -565,63 +569,9 @@ class Engine:
 
     # --- other processes ---
 
-    async def _register(self) -> None:
-        now = self.clock.now()
-        pid = ProcessLock.pid()
-
-        def register(connection: apsw.Connection) -> int:
-            connection.execute("INSERT INTO trunkline_process (pid, started, beat) VALUES (?, ?, ?)", (pid, now, now))
-            number = connection.last_insert_rowid()
-            # Taken before the commit: no other process can see the row and find it unlocked.
-            self._lock.take(number)
-            return number
-
-        self.process = await self.run(register)
-
     async def sweep(self) -> None:
-        """Take over from processes that died; called at start and about once a second."""
-        now = self.clock.now()
-        rows = query(self.reader, "SELECT id, beat FROM trunkline_process")
-        dead = [number for number, beat in rows if self._is_dead(number, beat, now)]
-        if not dead:
-            return
-
-        def take_over(connection: apsw.Connection) -> list[int]:
-            taken = []
-            for number in dead:
-                connection.execute("DELETE FROM trunkline_process WHERE id = ?", (number,))
-                if connection.changes():
-                    taken.append(number)
-                    for stage in self.stages:
-                        stage.release(connection, number)
-            return taken
-
-        for number in await self.run(take_over):
-            log.warning("process %d of %s is gone; its messages are taken over", number, self.path)
-            for stage in self.stages:
-                stage.foreign_change()
-
-    def _is_dead(self, number: int, beat: float, now: float) -> bool:
-        return number != self.process and (beat < now - self.lease_s or not self._lock.held_by_another(number))
-
-    async def _keep_lease(self) -> None:
-        last_beat = self.clock.now()
-        while self.failure is None:
-            await self.clock.sleep(min(1.0, self.lease_s * 0.1))
-            now = self.clock.now()
-            try:
-                if now - last_beat > self.lease_s * 0.3:
-                    last_beat = now
-                    await self.run(
-                        lambda c, at=now: c.execute(  # type: ignore[misc]
-                            "UPDATE trunkline_process SET beat = ? WHERE id = ?", (at, self.process)
-                        )
-                    )
-                await self.sweep()
-            except TransportError as error:
-                log.warning("keeping the lease of %s failed: %s", self.path, error)
-            except apsw.Error as error:
-                self._cannot_read(error)
+        """Take over from processes that died; see Membership."""
+        await self._membership.sweep()
 
     async def _watch(self) -> None:
         """Notice commits by other processes."""
@@ -638,10 +588,10 @@ class Engine:
                     continue
                 self._look_around(version)
             except apsw.Error as error:
-                self._cannot_read(error)
+                self.cannot_read(error)
             wait_s = POLL_MIN_S
 
-    def _cannot_read(self, error: apsw.Error) -> None:
+    def cannot_read(self, error: apsw.Error) -> None:
         """Stop for good if the disk failed; else (another process recovers the file) look again soon."""
         failure = _translate(error, self.path)
         if isinstance(failure, FatalStoreError):

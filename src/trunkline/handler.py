@@ -19,7 +19,7 @@ import msgspec
 
 from trunkline.channel import Channel, MessageType, Queue, declared_types, message_type
 from trunkline.clock import Clock
-from trunkline.errors import DefinitionError, PublishError, UnroutableError
+from trunkline.errors import DefinitionError, PublishError, TransactionError, UnroutableError
 from trunkline.message import Message
 from trunkline.policies.retry import Retry
 from trunkline.store import Store, Transaction, Unit
@@ -154,11 +154,10 @@ class Context:
         message: the envelope being handled, the first one of a batch; in a unit of work outside a handler
             there is none, and this is None although the type does not say so.
         attempt: failures so far; 0 at the first try.
-        log: a logger that carries the handler's name.
-        app_name: name of the service.
+        log: a logger that carries the service's name.
     """
 
-    __slots__ = ("_allowed", "_clock", "_loop", "_source", "_store", "_unit", "attempt", "log", "message")
+    __slots__ = ("_allowed", "_clock", "_ended", "_loop", "_source", "_store", "_unit", "attempt", "log", "message")
 
     def __init__(
         self,
@@ -177,6 +176,7 @@ class Context:
         self._clock = clock
         self._source = source
         self._allowed = allowed
+        self._ended = False
         self._loop = asyncio.get_running_loop()
         self.message: Message = message  # type: ignore[assignment]  # handlers need no check for None
         self.attempt = attempt
@@ -230,9 +230,21 @@ class Context:
         Await other services before this, not after: while it is open, nothing else is committed.
         """
         unit = self._unit
+        self._check_open()
         if unit.transaction is None:
-            return await self._store.transaction(unit)
-        return unit.transaction
+            await self._store.transaction(unit)
+            if self._ended:  # the handler's time ran out while a thread of it waited here
+                await self._store.rollback(unit)
+                self._check_open()
+        return typing.cast("Transaction", unit.transaction)
+
+    def end(self) -> None:
+        """Refuse everything from now on: the handler has returned, failed or run out of time."""
+        self._ended = True
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise TransactionError("E509", "the context ended with its handler", "use it before the handler returns")
 
     def connection(self) -> Connection:
         """Open the transaction from a `def` handler; return it as a DB-API 2.0 connection.
@@ -249,6 +261,7 @@ class Context:
     def _stage(
         self, payload: Any, to: Channel | None, key: str | None, due: float | None, attributes: dict[str, Any]
     ) -> Staged:
+        self._check_open()
         if self._allowed is not None and type(payload) not in self._allowed:
             raise PublishError(
                 "E304",

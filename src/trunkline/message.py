@@ -74,7 +74,10 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, kw_only=Fa
 
         Source: CloudEvents 1.0.2 §3.1.1: `source` + `id` is unique for each distinct event.
         """
-        return self.id if len(self.id) == 36 else f"{self.source}\n{self.id}"  # noqa: PLR2004
+        text = self.id
+        if len(text) == 36 and text[8] == text[13] == text[18] == text[23] == "-":  # noqa: PLR2004
+            return text
+        return f"{self.source}\n{text}"
 
 
 pack = msgspec.msgpack.Encoder().encode

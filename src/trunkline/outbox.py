@@ -60,7 +60,7 @@ class Relay:
     async def flush(self) -> float | None:
         """Send what is due now; return when the next is due, or None."""
         while True:
-            rows, next_due = await self._store.outbox_due(self._clock.now(), BATCH)
+            rows, next_due = await self._store.outbox_due(self._channels.keys(), self._clock.now(), BATCH)
             if not rows:
                 return next_due
             await self._transport.send([self._staged(row) for row in rows])

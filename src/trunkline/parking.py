@@ -88,8 +88,6 @@ class Parking:
         """Note what became of a delivery; called when its unit is submitted, so in commit order."""
         key = delivery.key
         if delivery.partition < 0 or key is None:
-            if isinstance(outcome, RetryLater):
-                self._changed.set()
             return
         self._count(key, _change(delivery, outcome))
 
@@ -111,7 +109,9 @@ class Parking:
 
     def committed(self, delivery: Delivery) -> None:
         """Note that what became of a delivery is on disk: the next of its key may run."""
-        if delivery.partition >= 0 and delivery.key is not None and (delivery.row != LIVE or delivery.key in self.keys):
+        if delivery.partition < 0 or delivery.key is None:
+            self._changed.set()
+        elif delivery.row != LIVE or delivery.key in self.keys:
             self._running.discard(delivery.key)
             self._changed.set()
 

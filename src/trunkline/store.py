@@ -6,7 +6,7 @@ Invariant: a Unit is committed as a whole or not at all. Read next: delivery.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -40,6 +40,7 @@ class Unit(msgspec.Struct, eq=False, gc=False):
         outcome: what becomes of the deliveries.
         transaction: the handler's open transaction, if it asked for one.
         duplicate: set by the store: the inbox already had it, so only the settlement was committed.
+        context: the handler's Context while it runs, if it asked for one.
     """
 
     deliveries: Sequence[Delivery]
@@ -49,6 +50,13 @@ class Unit(msgspec.Struct, eq=False, gc=False):
     outcome: Outcome = ACK
     transaction: Transaction | None = None
     duplicate: bool = False
+    context: Any = None
+
+    def end_context(self) -> None:
+        """Refuse what the handler's Context is asked for from now on."""
+        if self.context is not None:
+            self.context.end()
+            self.context = None
 
     def stage(self, staged: Staged) -> None:
         """Add a message that leaves with this unit."""
@@ -132,8 +140,8 @@ class Store(Protocol):
     async def run_schema(self, statements: Sequence[str]) -> None:
         """Run the service's own table definitions."""
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
-        """Return the identities among `deliveries` that were handled before."""
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
+        """Return (tenant or empty, identity) of those among `deliveries` that were handled before."""
 
     def submit(self, unit: Unit) -> None:
         """Commit `unit` with the next group; `unit.done` tells when."""
@@ -166,10 +174,12 @@ class Store(Protocol):
     ) -> tuple[list[Delivery], float | None]:
         """Return parked deliveries that may run now, heads of keys only, and when the next is due."""
 
-    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
-        """Take what is to be sent now, in order; also return when the next is due.
+    async def outbox_due(
+        self, channels: Collection[str], now: float, limit: int
+    ) -> tuple[list[OutboxRow], float | None]:
+        """Take what is to be sent now to `channels`, in order; also return when the next is due.
 
-        One process at a time has rows taken, so that order per key holds.
+        One process at a time has rows of a channel taken, so that order per key holds.
         """
 
     async def outbox_sent(self, rows: Sequence[int]) -> None:

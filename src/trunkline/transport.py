@@ -175,7 +175,8 @@ def parse_address(url: str) -> Address:
         raise ConfigurationError(
             "E201", f"{url!r} is not a URL", "such as sqlite:///shop.db, sqlite:////var/lib/shop.db or memory:"
         )
-    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}" if parts.netloc else f"{parts.scheme}:{parts.path}"
+    slashes = "//" if "://" in url else ""
+    shown = f"{parts.scheme}:{slashes}{parts.hostname or ''}{parts.path}"
     return Address(parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)), shown)
 
 

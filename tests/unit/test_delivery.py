@@ -551,7 +551,7 @@ async def test_a_thread_that_outlives_its_time_writes_nothing_any_more(rig, job,
         connection = ctx.connection()
         connection.execute("INSERT INTO effect VALUES (1)")
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(3)
         try:
             connection.execute("INSERT INTO effect VALUES (2)")
         except Exception as error:  # noqa: BLE001 - the test looks at it
@@ -579,7 +579,7 @@ async def test_a_thread_that_outlives_its_time_cannot_open_a_transaction(rig, jo
         if message.number == 2:
             return
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(3)
         try:
             ctx.connection()
         except Exception as error:  # noqa: BLE001 - the test looks at it

@@ -7,7 +7,7 @@ Never does: survive the process. Read next: store.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -83,12 +83,16 @@ class MemoryStore:
 
     # --- the unit of work ---
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
         """Return which were handled before; see Store."""
         inbox = self._inbox[subscription.label]
         if inbox.isdisjoint([_inbox_id(delivery) for delivery in deliveries]):
             return set()
-        return {d.message.identity for d in deliveries if d.message is not None and _inbox_id(d) in inbox}
+        return {
+            (d.message.tenantid or "", d.message.identity)
+            for d in deliveries
+            if d.message is not None and _inbox_id(d) in inbox
+        }
 
     def submit(self, unit: Unit) -> None:
         """Apply at once; see Store."""
@@ -119,11 +123,12 @@ class MemoryStore:
             self._set_aside(unit, delivery)
 
     def _remember(self, unit: Unit) -> bool:
-        for delivery in unit.deliveries:
+        for number, delivery in enumerate(unit.deliveries):
             inbox = self._inbox[delivery.subscription.label]
             size = len(inbox)
             inbox.add(_inbox_id(delivery))
             if len(inbox) == size:
+                self._forget(unit.deliveries[:number])
                 return False
         return True
 
@@ -160,7 +165,7 @@ class MemoryStore:
             self._connection().execute("COMMIT")
         except apsw.Error:
             self._connection().execute("ROLLBACK")
-            self._forget(unit)
+            self._forget(unit.deliveries)
             raise
         finally:
             self._lock.release()
@@ -171,11 +176,11 @@ class MemoryStore:
             unit.transaction.end()
             unit.transaction = None
             self._connection().execute("ROLLBACK")
-            self._forget(unit)
+            self._forget(unit.deliveries)
             self._lock.release()
 
-    def _forget(self, unit: Unit) -> None:
-        for delivery in unit.deliveries:
+    def _forget(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
             self._inbox[delivery.subscription.label].discard(_inbox_id(delivery))
 
     # --- suspects ---
@@ -307,7 +312,12 @@ class MemoryStore:
 
     # --- outbox ---
 
-    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
+    async def outbox_due(
+        self,
+        channels: Collection[str],  # noqa: ARG002 - one App knows all of its channels
+        now: float,
+        limit: int,
+    ) -> tuple[list[OutboxRow], float | None]:
         """Take what is to be sent now; see Store."""
         rows: list[OutboxRow] = []
         while self._outbox and self._outbox[0][0] <= now and len(rows) < limit:
@@ -337,8 +347,8 @@ def _inbox_id(delivery: Delivery) -> str:
     message = delivery.message
     if message is None:
         return ""  # unreadable: never acknowledged as handled
-    identity = message.id if len(message.id) == 36 else message.identity  # noqa: PLR2004
-    return identity if message.tenantid is None else f"{message.tenantid}\n{identity}"
+    identity = message.identity
+    return f"{message.tenantid}\n{identity}" if message.tenantid else identity
 
 
 def _attempt_id(delivery: Delivery) -> tuple[str, int, int]:

@@ -6,7 +6,7 @@ Never does: channels (transports/sqlite.py). Read next: parking.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import apsw
@@ -60,6 +60,7 @@ class SqliteStore:
     """Store of one service or system in the file that `address` names."""
 
     schema = _SCHEMA
+    owned: tuple[str, ...] = ("trunkline_parked", "trunkline_outbox")
 
     def __init__(self, address: Address, clock: Clock) -> None:
         if not address.path:
@@ -111,7 +112,7 @@ class SqliteStore:
 
     # --- the unit of work ---
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[str]:
+    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
         """Return which were handled before; see Store."""
         reader = self._reader(subscription)
         by_tenant: dict[str, list[str]] = {}
@@ -119,7 +120,7 @@ class SqliteStore:
             message = delivery.message
             if message is not None:
                 by_tenant.setdefault(message.tenantid or "", []).append(message.identity)
-        found: set[str] = set()
+        found: set[tuple[str, str]] = set()
         for tenant, identities in by_tenant.items():
             for (identity,) in query(
                 self.engine.reader,
@@ -127,7 +128,7 @@ class SqliteStore:
                 " WHERE i.reader = ? AND i.tenant = ?",
                 (encode_json(identities).decode(), reader, tenant),
             ):
-                found.add(identity)
+                found.add((tenant, identity))
         return found
 
     def submit(self, unit: Unit) -> None:
@@ -207,7 +208,8 @@ class SqliteStore:
 
     def release(self, connection: apsw.Connection, process: int) -> None:
         """Give back the parked messages that a dead process had taken."""
-        for table in ("trunkline_parked", "trunkline_outbox"):
+        count_up(connection, "treated")
+        for table in self.owned:
             connection.execute(f"UPDATE {table} SET owner = NULL WHERE owner = ?", (process,))  # noqa: S608
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -383,9 +385,16 @@ class SqliteStore:
 
     # --- outbox ---
 
-    async def outbox_due(self, now: float, limit: int) -> tuple[list[OutboxRow], float | None]:
+    async def outbox_due(
+        self, channels: Collection[str], now: float, limit: int
+    ) -> tuple[list[OutboxRow], float | None]:
         """Take what is to be sent now; see Store."""
-        first = query(self.engine.reader, "SELECT min(due) FROM trunkline_outbox")[0][0]
+        names = encode_json(sorted(channels)).decode()
+        first = query(
+            self.engine.reader,
+            "SELECT min(due) FROM trunkline_outbox WHERE channel IN (SELECT value FROM json_each(?))",
+            (names,),
+        )[0][0]
         if first is None or first > now:
             return [], first
         process = self.engine.process
@@ -394,10 +403,10 @@ class SqliteStore:
             return query(
                 connection,
                 "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
-                " WHERE due <= ?2 ORDER BY due, seq LIMIT ?3) AND NOT EXISTS"
-                " (SELECT 1 FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
-                " RETURNING due, seq, channel, event",
-                (process, now, limit),
+                " WHERE due <= ?2 AND channel IN (SELECT value FROM json_each(?4)) AND channel NOT IN"
+                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
+                " ORDER BY due, seq LIMIT ?3) RETURNING due, seq, channel, event",
+                (process, now, limit, names),
             )
 
         rows = sorted(await self.engine.run(take))

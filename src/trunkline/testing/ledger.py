@@ -292,7 +292,7 @@ def check(
         ordered: whether effects of a key must come in the order of publication (Streams do, Queues do not).
         deliveries: whether `consumed` has DELIVERED entries, so that each effect needs one before it.
         acks: whether it has ACKED entries, so that everything finished needs one.
-        redeliveries: most allowed DUP_DELIVERY, such as faults × prefetch; None only counts them.
+        redeliveries: most allowed DUP_DELIVERY, such as faults x prefetch; None only counts them.
     """
     verdict = Verdict(drained)
     producers = _Producers(verdict)

@@ -68,6 +68,7 @@ class SqliteTransport:
     """Channels in the file that `address` names."""
 
     schema = _SCHEMA
+    owned: tuple[str, ...] = ("trunkline_queue", "trunkline_partition")
     capabilities = Capabilities(
         durable=True,
         processes=True,

@@ -1,0 +1,84 @@
+"""PostgreSQL as a queue: 100 publishers over 10 connections, one consumer with SKIP LOCKED, 100 rows at a time.
+
+Its own server for each run, default settings (fsync and synchronous_commit on). Runs in the environment of peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Run
+from benchmarks.contestants.orders import decode, encode, order
+
+PUBLISHERS, CONNECTIONS = 100, 10
+
+
+def end_to_end(run: Run) -> dict[str, float]:
+    """Publish and consume; rate until the last acknowledgement."""
+    data = run.folder / "data"
+    data.mkdir()
+    as_other: dict[str, Any] = {}
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(run.folder, "postgres", "postgres")
+        shutil.chown(data, "postgres", "postgres")
+        as_other = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    programs = Path(shutil.which("postgres") or "").resolve().parent
+    subprocess.run(
+        [programs / "initdb", "-D", data, "-U", "bench", "-A", "trust", "--no-instructions"],
+        check=True, stdout=subprocess.DEVNULL, cwd=run.folder, **as_other,
+    )  # fmt: skip
+    server = subprocess.Popen(
+        [programs / "postgres", "-D", data, "-h", "", "-k", run.folder],
+        stdout=subprocess.DEVNULL, stderr=(run.folder / "log").open("wb"), cwd=run.folder, **as_other,
+    )  # fmt: skip
+    try:
+        return asyncio.run(_measure(run))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def _measure(run: Run) -> dict[str, float]:
+    import asyncpg
+
+    address = {"host": str(run.folder), "user": "bench", "database": "postgres"}
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            consumer = await asyncpg.connect(**address)
+            break
+        except (OSError, asyncpg.CannotConnectNowError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
+    await consumer.execute("CREATE TABLE message (position BIGSERIAL PRIMARY KEY, body BYTEA NOT NULL)")
+    pool = await asyncpg.create_pool(**address, min_size=CONNECTIONS, max_size=CONNECTIONS)
+    bodies = [encode(order(number)) for number in range(1000)]
+
+    async def publisher(first: int) -> None:
+        for number in range(first, run.messages, PUBLISHERS):
+            await pool.execute("INSERT INTO message (body) VALUES ($1)", bodies[number % 1000])
+
+    began = time.perf_counter()
+    publishing = asyncio.gather(*(publisher(first) for first in range(PUBLISHERS)))
+    handled = 0
+    while handled < run.messages:
+        async with consumer.transaction():
+            rows = await consumer.fetch(
+                "SELECT position, body FROM message ORDER BY position LIMIT 100 FOR UPDATE SKIP LOCKED"
+            )
+            for row in rows:
+                decode(row["body"])
+            await consumer.execute("DELETE FROM message WHERE position = ANY($1)", [row["position"] for row in rows])
+        handled += len(rows)
+    took = time.perf_counter() - began
+    await publishing
+    await pool.close()
+    await consumer.close()
+    return {"per_s": run.messages / took}
