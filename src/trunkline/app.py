@@ -392,7 +392,7 @@ class Running:
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future), self.service.name)
-        context = Context(
+        unit.context = context = Context(
             unit=unit,
             store=self.app.store,
             clock=self.app.clock,
@@ -405,10 +405,10 @@ class Running:
         try:
             yield context
         except BaseException:
-            context.end()
+            unit.end_context()
             await self.app.store.rollback(unit)
             raise
-        context.end()
+        unit.end_context()
         self.app.store.submit(unit)
         await future
 

@@ -185,14 +185,16 @@ class Consumer:
             if delivery.message is None:
                 self._read_envelope(delivery)
         known = self._store.known(self.subscription, candidates)
-        if not known:
-            return batch
         rest = []
         for delivery in batch:
-            if delivery.message is not None and (delivery.message.tenantid or "", delivery.message.identity) in known:
-                self._acknowledge(delivery)
-            else:
-                rest.append(delivery)
+            message = delivery.message
+            if message is not None and not delivery.fresh:
+                identity = (message.tenantid or "", message.identity)
+                if identity in known:
+                    self._acknowledge(delivery)
+                    continue
+                known.add(identity)  # a second copy in this batch: the first one answers for both
+            rest.append(delivery)
         return rest
 
     def _read_envelope(self, delivery: Delivery) -> None:

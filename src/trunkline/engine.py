@@ -49,7 +49,7 @@ CREATE TABLE trunkline_process (
     id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, started REAL NOT NULL, beat REAL NOT NULL
 );
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO trunkline_counter VALUES ('position', 0), ('declared', 0), ('treated', 0);
+INSERT INTO trunkline_counter VALUES ('position', 0), ('declared', 0), ('treated', 0), ('staged', 0);
 """
 
 
@@ -193,7 +193,7 @@ class Engine:
         """Return a counter as last committed.
 
         `position`: last position given; `declared`: rises with channels, subscriptions and readers; `treated`:
-        rises when dead letters are redriven or discarded.
+        when dead letters are redriven or discarded; `staged`: when the outbox grows.
         """
         return int(query(self.reader, "SELECT value FROM trunkline_counter WHERE name = ?", (name,))[0][0])
 

@@ -238,7 +238,7 @@ class Context:
                 self._check_open()
         return typing.cast("Transaction", unit.transaction)
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Refuse everything from now on: the handler has returned, failed or run out of time."""
         self._ended = True
 

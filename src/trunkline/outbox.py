@@ -20,8 +20,6 @@ from trunkline.transport import Staged, Transport
 log = logging.getLogger("trunkline.outbox")
 
 BATCH = 500
-LOOK_S = 5.0
-"""Longest time until rows are noticed that a process staged and did not live to send."""
 AGAIN_S = 1.0
 """Wait before sending again what could not be sent."""
 
@@ -39,7 +37,7 @@ class Relay:
         self._channels = channels
         self._clock = clock
         self._changed = asyncio.Event()
-        store.on_change(self._changed.set)
+        store.on_staged(self._changed.set)
 
     async def work(self) -> None:
         """Send what is due, until cancelled."""
@@ -51,9 +49,10 @@ class Relay:
                 log.warning("the outbox cannot be sent, trying again in %.0f s: %s", AGAIN_S, error)
                 await self._clock.sleep(AGAIN_S)
                 continue
-            now = self._clock.now()
-            wait_s = LOOK_S if next_due is None else min(LOOK_S, max(0.0, next_due - now))
-            timer = self._clock.call_later(wait_s, self._changed.set)
+            if next_due is None:
+                await self._changed.wait()
+                continue
+            timer = self._clock.call_later(max(0.0, next_due - self._clock.now()), self._changed.set)
             await self._changed.wait()
             timer.cancel()
 

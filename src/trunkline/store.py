@@ -55,7 +55,7 @@ class Unit(msgspec.Struct, eq=False, gc=False):
     def end_context(self) -> None:
         """Refuse what the handler's Context is asked for from now on."""
         if self.context is not None:
-            self.context.end()
+            self.context._end()  # noqa: SLF001 - users must not see it
             self.context = None
 
     def stage(self, staged: Staged) -> None:
@@ -207,6 +207,9 @@ class Store(Protocol):
 
     async def tidy(self) -> None:
         """Forget handled messages older than the inbox window, a bounded number at a time."""
+
+    def on_staged(self, callback: Callable[[], None]) -> None:
+        """Call back on the loop when the outbox may have grown, by whichever process."""
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call back on the loop when another process may have changed the store."""

@@ -48,6 +48,7 @@ class MemoryStore:
         self._sending: dict[int, tuple[float, int, Staged]] = {}
         self._numbers = count(1)
         self._callbacks: list[Callable[[], None]] = []
+        self._staged_callbacks: list[Callable[[], None]] = []
         self._place: Callable[[Sequence[Staged]], None] | None = None
         self._forget_live: Callable[[Sequence[Delivery]], None] | None = None
         self._lock = asyncio.Lock()
@@ -142,7 +143,8 @@ class MemoryStore:
             return
         for staged in batch:
             heappush(self._outbox, (staged.due or 0.0, next(self._numbers), staged))
-        self._notify()
+        for callback in self._staged_callbacks:
+            callback()
 
     async def transaction(self, unit: Unit) -> Transaction:
         """Open the handler's transaction; see Store."""
@@ -333,6 +335,10 @@ class MemoryStore:
 
     async def tidy(self) -> None:
         """Do nothing: a test ends before the inbox window does."""
+
+    def on_staged(self, callback: Callable[[], None]) -> None:
+        """See Store."""
+        self._staged_callbacks.append(callback)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See Store."""

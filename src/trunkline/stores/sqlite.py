@@ -71,8 +71,10 @@ class SqliteStore:
         self._readers: dict[str, int] = {}
         self._known: dict[int, set[str]] = {}
         self._callbacks: list[Callable[[], None]] = []
+        self._staged_callbacks: list[Callable[[], None]] = []
         self._same = False
         self._seen = (-1, -1)
+        self._staged_seen = -1
         self._tidied: tuple[int, str, str] = (0, "", "")
         self.engine: Engine
 
@@ -185,6 +187,7 @@ class SqliteStore:
         ]
         if outbox:
             connection.executemany("INSERT INTO trunkline_outbox (due, channel, event) VALUES (?, ?, ?)", outbox)
+            count_up(connection, "staged")
         if finished:
             connection.executemany("DELETE FROM trunkline_parked WHERE seq = ?", finished)
 
@@ -192,7 +195,7 @@ class SqliteStore:
         """Wake the relay when something scheduled was committed."""
         for unit in units:
             if unit.staged and (not self._same or any(staged.due is not None for staged in unit.staged)):
-                self._notify()
+                self._notify_staged()
                 return
 
     def aborted(self) -> None:
@@ -205,12 +208,25 @@ class SqliteStore:
             self._seen = seen
             self._readers = dict(query(self.engine.reader, "SELECT label, id FROM trunkline_reader"))
             self._notify()
+        staged = self.engine.counter("staged")
+        if staged != self._staged_seen:
+            self._staged_seen = staged
+            self._notify_staged()
 
     def release(self, connection: apsw.Connection, process: int) -> None:
         """Give back the parked messages that a dead process had taken."""
         count_up(connection, "treated")
+        count_up(connection, "staged")
         for table in self.owned:
             connection.execute(f"UPDATE {table} SET owner = NULL WHERE owner = ?", (process,))  # noqa: S608
+
+    def on_staged(self, callback: Callable[[], None]) -> None:
+        """See Store."""
+        self._staged_callbacks.append(callback)
+
+    def _notify_staged(self) -> None:
+        for callback in self._staged_callbacks:
+            callback()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See Store."""

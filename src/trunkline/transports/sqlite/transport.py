@@ -178,6 +178,12 @@ class SqliteTransport:
                 f"{channel.kind} {channel.name!r} with {partitions} partitions exists as {kind} with {existing}",
                 "declare it as it exists, or use another name",
             )
+        if isinstance(channel, Queue):
+            # A queue keeps what is sent before its owner ever runs: its one reader is known from the start.
+            connection.execute(
+                "INSERT INTO trunkline_subscription (channel, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
+                (number, channel.name),
+            )
         return int(number)
 
     def _declare_partitions(self, connection: apsw.Connection, number: int, subscription: Subscription) -> None:
@@ -427,16 +433,9 @@ class SqliteTransport:
     def _new_route(self, connection: apsw.Connection, channel: Channel) -> _Route:
         route = _Route(self._declare_channel(connection, channel))
         count_up(connection, "declared")
-        if isinstance(channel, Queue):
-            # A queue keeps what was sent before its owner ever ran: the owner's number is made now.
-            connection.execute(
-                "INSERT INTO trunkline_subscription (channel, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
-                (route.number, channel.name),
-            )
-            route.queues = [
-                (row[0], None)
-                for row in query(connection, "SELECT id FROM trunkline_subscription WHERE channel = ?", (route.number,))
-            ]
+        subscriptions = "SELECT id FROM trunkline_subscription WHERE channel = ?"
+        if not isinstance(channel, Stream):
+            route.queues = [(row[0], None) for row in query(connection, subscriptions, (route.number,))]
         self._routes[channel.name] = route
         self._new_routes.append(channel.name)
         return route
