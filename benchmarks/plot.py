@@ -1,6 +1,7 @@
 """Results as a picture: one panel per case, a bar for Trunkline and one for each it is compared with.
 
-Invariant: complete in itself, readable on light and dark pages; longer is more, and each panel says whether that is better.
+Invariant: complete in itself, readable on light and dark pages; longer is more, and each panel says whether that is
+better.
 """
 
 from __future__ import annotations

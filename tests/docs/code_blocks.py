@@ -118,9 +118,7 @@ def _commands(text: str, where: str) -> Iterator[tuple[str, list[str]]]:
             found[-1][1].append(line)
             continue
         else:
-            raise PageError(
-                f"{where}: a console block starts with a line '$ command', not {line!r}"
-            )
+            raise PageError(f"{where}: a console block starts with a line '$ command', not {line!r}")
         continued = line.endswith("\\")
     yield from found
 

@@ -52,10 +52,26 @@ mail = Service("mail")
 
 CASES = [
     # (code, what tells its cases apart, source)
-    ("E101", "takes a class that is declared nowhere", "@payment.handle\nasync def charge(order: Undeclared) -> None: ..."),
-    ("E101", "takes something that is no class", "@payment.handle\nasync def charge(order: 'OrderPlaced | list[int]') -> None: ..."),
-    ("E102", "returns a class that is declared nowhere", "@payment.handle\nasync def charge(order: OrderPlaced) -> Undeclared: ..."),
-    ("E102", "returns something that is no class", "@payment.handle\nasync def charge(order: OrderPlaced) -> dict[str, str]: ..."),
+    (
+        "E101",
+        "takes a class that is declared nowhere",
+        "@payment.handle\nasync def charge(order: Undeclared) -> None: ...",
+    ),
+    (
+        "E101",
+        "takes something that is no class",
+        "@payment.handle\nasync def charge(order: 'OrderPlaced | list[int]') -> None: ...",
+    ),
+    (
+        "E102",
+        "returns a class that is declared nowhere",
+        "@payment.handle\nasync def charge(order: OrderPlaced) -> Undeclared: ...",
+    ),
+    (
+        "E102",
+        "returns something that is no class",
+        "@payment.handle\nasync def charge(order: OrderPlaced) -> dict[str, str]: ...",
+    ),
     (
         "E103",
         "two handlers for one type in one subscription",
@@ -86,7 +102,11 @@ CASES = [
     ("E106", "a class declared on a second channel", "stock.event(OrderPlaced)"),
     ("E107", "no parameter", "@payment.handle\nasync def charge() -> None: ..."),
     ("E107", "message without a type", "@payment.handle\nasync def charge(order) -> None: ..."),
-    ("E107", "another parameter without a type", "@payment.handle\nasync def charge(order: OrderPlaced, stripe) -> None: ..."),
+    (
+        "E107",
+        "another parameter without a type",
+        "@payment.handle\nasync def charge(order: OrderPlaced, stripe) -> None: ...",
+    ),
     ("E107", "`Message` without `from_=`", "@payment.handle\nasync def note(message: Message) -> None: ..."),
     ("E107", "a type that is not imported", "@payment.handle\nasync def charge(order: 'OrderPlacd') -> None: ..."),
     ("E107", "no return annotation", "@payment.handle\nasync def charge(order: OrderPlaced): ..."),
@@ -97,7 +117,11 @@ CASES = [
         "start(App(payment, 'memory:'))",
     ),
     ("E108", "`override` of what is not provided", "payment.override(Stripe, Stripe)"),
-    ("E109", "two classes under one type name", "@orders.event(type='order.placed')\nclass Other(Struct):\n    order_id: str"),
+    (
+        "E109",
+        "two classes under one type name",
+        "@orders.event(type='order.placed')\nclass Other(Struct):\n    order_id: str",
+    ),
     (
         "E109",
         "two channel objects of one name",
@@ -134,7 +158,11 @@ CASES = [
         "start(App(payment, 'memory:'))",
     ),
     ("E119", "a class that is no payload", "jobs.command(type('Plain', (), {}))"),
-    ("E119", "a field that JSON cannot carry", "@jobs.command\nclass Draw(Struct):\n    shape: OrderPlaced | OrderPaid"),
+    (
+        "E119",
+        "a field that JSON cannot carry",
+        "@jobs.command\nclass Draw(Struct):\n    shape: OrderPlaced | OrderPaid",
+    ),
     ("E120", "schema version below 1", "@orders.event(version=0)\nclass OrderShipped(Struct):\n    order_id: str"),
     ("E120", "no partitions, or over 1024", "Stream('order-log', partitions=0)"),
     ("E120", "negative numbers in `Retry`", "Retry(immediate=-1)"),

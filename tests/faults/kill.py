@@ -46,8 +46,10 @@ class Report:
         kills = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
         return "\n".join(
             [
-                f"seed {self.seed}: {self.cycles} kills ({kills}; {self.in_start} of them in start-up) in {self.seconds:.0f} s",
-                f"handlers begun again: {self.absorbed}; set aside after crashes and redriven: {self.crashed_dead_letters}",
+                f"seed {self.seed}: {self.cycles} kills ({kills}; {self.in_start} of them in start-up)"
+                f" in {self.seconds:.0f} s",
+                f"handlers begun again: {self.absorbed};"
+                f" set aside after crashes and redriven: {self.crashed_dead_letters}",
                 self.verdict.describe(),
                 *self.problems,
             ]

@@ -80,7 +80,5 @@ def test_the_command_line_starts_with_core_dependencies_only(bin_folder):
 @pytest.mark.timeout(300)
 @pytest.mark.xdist_group("light-core")
 def test_the_wheel_carries_its_type_marker(bin_folder):
-    code = (
-        "from importlib.resources import files; print((files('trunkline') / 'py.typed').is_file())"
-    )
+    code = "from importlib.resources import files; print((files('trunkline') / 'py.typed').is_file())"
     assert run(bin_folder / "python", "-c", code).strip() == "True"

@@ -23,12 +23,7 @@ def test_no_file_is_too_long():
 
 
 def test_no_function_is_too_long():
-    too_long = {
-        where: lines
-        for source in sources()
-        for where, lines in source.functions()
-        if lines > FUNCTION_LINES
-    }
+    too_long = {where: lines for source in sources() for where, lines in source.functions() if lines > FUNCTION_LINES}
     assert not too_long
 
 

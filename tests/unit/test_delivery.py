@@ -366,7 +366,11 @@ async def test_a_discarded_message_is_gone_and_said_so(rig, job):
         await rig.idle()
         assert (tries, rig.dead()) == ([1], [])
         (fact,) = rig.facts
-        assert (fact.kind, fact.reason, fact.channel) == ("discarded", "too late", rig.subscription("worker").channel.name)
+        assert (fact.kind, fact.reason, fact.channel) == (
+            "discarded",
+            "too late",
+            rig.subscription("worker").channel.name,
+        )
 
 
 async def test_errors_listed_as_hopeless_are_not_tried_again(rig, job):
