@@ -373,26 +373,29 @@ class Engine:
         self._phase = "open"
         self._opened_at = self.clock.monotonic()
         try:
-            if self.process and not query(
-                self._writer, "SELECT 1 FROM trunkline_process WHERE id = ?", (self.process,)
-            ):
+            (version,) = query(self._writer, "PRAGMA data_version")[0]
+            if version != self._data_version and not self._look_around(version):
                 self._writer.execute("ROLLBACK")
                 self._fail(LeaseLostError("E505", f"process {self.process} was taken over", "restart it"))
                 return False
-            (version,) = query(self._writer, "PRAGMA data_version")[0]
-            if version != self._data_version:
-                self._look_around(version)
         except apsw.Error as error:
             self._fail_group(error)
             return False
         return True
 
-    def _look_around(self, version: int) -> None:
-        """Tell the stages that another process has committed."""
-        self._data_version = -1  # looked at again if a stage cannot read now
+    def _look_around(self, version: int) -> bool:
+        """React to commits by other processes; return False if one of them took this process over (the fence).
+
+        Only such a commit can do that, so while the version stays the same there is nothing to ask.
+        """
+        self._data_version = -1  # looked at again if something cannot be read now
+        mine = "SELECT 1 FROM trunkline_process WHERE id = ?"
+        if self.process and not query(self._writer, mine, (self.process,)):
+            return False
         for stage in self.stages:
             stage.foreign_change()
         self._data_version = version
+        return True
 
     def _proceed(self) -> None:
         """With the transaction open and nobody holding it: apply, let waiters in, commit."""
@@ -586,6 +589,7 @@ class Engine:
                 if version == self._data_version:
                     wait_s = min(wait_s * 1.3, POLL_MAX_S)
                     continue
+                # A lost lease is noticed here and acted on by the next group, which refuses to commit.
                 self._look_around(version)
             except apsw.Error as error:
                 self.cannot_read(error)
