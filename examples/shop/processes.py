@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,14 @@ class Child:
         self._command = command
         self._log = log
         self._process: subprocess.Popen[str] | None = None
+        self._log_start = 0
+
+    @property
+    def up(self) -> bool:
+        """Return whether it has said since its last start that it runs."""
+        with self._log.open(errors="replace") as log:
+            log.seek(self._log_start)
+            return " runs on " in log.read()
 
     @property
     def pid(self) -> int | None:
@@ -68,6 +77,7 @@ class Child:
     def start(self, environment: Mapping[str, str], stdout: int | None = None) -> IO[str] | None:
         """Start it; its log goes on where it was. Returns its output if `stdout` is a pipe."""
         self.starts += 1
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("a") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own command
                 self._command,
@@ -185,6 +195,10 @@ class Processes:
         Raises: DemoError if one does not end well.
         """
         running = [child for child in self.services.values() if child.was_started]
+        # One that is still starting has nothing to finish, and SIGTERM would end it before it can say so.
+        end = time.monotonic() + STOP_S
+        while not all(child.up or not child.runs for child in running) and time.monotonic() < end:
+            time.sleep(0.02)
         for child in running:
             child.terminate()
         codes = {child.name: child.ended() for child in running}

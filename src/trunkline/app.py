@@ -94,7 +94,8 @@ class App:
         """
         self.system.check()
         self._check_promises()
-        self._ended = asyncio.get_running_loop().create_future()
+        if self._ended is None:
+            self._ended = asyncio.get_running_loop().create_future()
         plans = list(_plans(self.system))
         subscriptions = [subscription for _, subscription, _ in plans]
         channels = _channels(self.system)
@@ -220,16 +221,26 @@ class App:
     async def serve(self) -> None:
         """Run inside an event loop until SIGTERM or SIGINT."""
         loop = asyncio.get_running_loop()
-        async with self:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._signalled, number)
+        self._ended = loop.create_future()
+        # Before the start: a signal in the middle of it stops as well as any other.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+        try:
+            await self.start()
             log.info("%s runs on %s", self.system.name, parse_address(self.transport_url).shown)
             try:
                 await self.ended()
             finally:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.remove_signal_handler(number)
-                    signal.signal(number, signal.SIG_DFL)
+                self._second_signal_kills()
+                await self.stop()
+        finally:
+            self._second_signal_kills()
+
+    def _second_signal_kills(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
 
     def _signalled(self, number: int) -> None:
         log.info("signal %s: stopping; a second one stops at once", signal.Signals(number).name)
