@@ -84,6 +84,7 @@ def _measure(suite: str, cases: list[Case], options: argparse.Namespace) -> list
 def _document(suite: str) -> None:
     report.plot_path(suite).write_text(plot.svg(report.load(suite)))
     report.PAGE.write_text(report.with_block(report.PAGE.read_text(), suite))
+    report.README.write_text(report.readme_with_speed(report.README.read_text()))
     console.print(f"renewed {report.PAGE.relative_to(report.ROOT)} and {report.plot_path(suite).name}")
 
 

@@ -213,7 +213,10 @@ def from_structured(body: bytes) -> Message:
     inline = event.pop("data", None)
     found: dict[str, str] = {}
     for name, raw in event.items():
-        value = msgspec.json.decode(raw)
+        try:
+            value = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise DecodeError("E406", f"attribute {name[:64]!r} is not JSON: {error}") from error
         if value is None:
             continue
         if isinstance(value, bool):

@@ -13,6 +13,11 @@ def test_the_page_shows_the_results_that_were_last_written():
     assert report.with_block(page, "embedded") == page
 
 
+def test_the_readme_shows_the_same_figures():
+    readme = report.README.read_text(encoding="utf-8")
+    assert report.readme_with_speed(readme) == readme
+
+
 def test_each_result_says_what_was_measured_where():
     results = json.loads((ROOT / "benchmarks" / "results" / "embedded.json").read_text(encoding="utf-8"))
     assert len(results) > 10

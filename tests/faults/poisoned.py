@@ -26,7 +26,8 @@ class Job(Struct):
 
 worker = Service("poisoned")
 worker.schema(
-    "CREATE TABLE IF NOT EXISTS effect (n INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, number INTEGER NOT NULL)"
+    "CREATE TABLE IF NOT EXISTS effect"
+    " (n INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, number INTEGER NOT NULL)"
 )
 once = Retry(immediate=1, delays_s=())
 

@@ -1,4 +1,4 @@
-"""A disk that is full, or that fails to sync: the publish is refused, nothing confirmed is lost, nothing is invented."""
+"""A disk that is full or fails to sync: the publish is refused, nothing confirmed is lost, nothing invented."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ import apsw
 import pytest
 
 from tests.faults import file
-from trunkline import App, Context, Service, Stream, Struct, TrunklineError
+from trunkline import App, Context, Service, Stream, Struct
 from trunkline.errors import FatalStoreError, StoreFullError
 
 orders = Stream("disk-orders", key="key")
@@ -29,7 +29,7 @@ class FailingVFS(apsw.VFS):
         self.failed = 0
         super().__init__(self.name, "")
 
-    def xOpen(self, name, flags):
+    def xOpen(self, name, flags):  # noqa: N802 - the name SQLite gives it
         return FailingFile(self, name, flags)
 
     def strikes(self, kind: str) -> bool:
@@ -47,12 +47,12 @@ class FailingFile(apsw.VFSFile):
         self._vfs = vfs
         super().__init__("", name, flags)
 
-    def xWrite(self, data, offset):
+    def xWrite(self, data, offset):  # noqa: N802 - the name SQLite gives it
         if self._vfs.strikes("full"):
             raise apsw.FullError("no space left on device")
         super().xWrite(data, offset)
 
-    def xSync(self, flags):
+    def xSync(self, flags):  # noqa: N802 - the name SQLite gives it
         if self._vfs.strikes("sync"):
             raise apsw.IOError("the disk did not sync")
         super().xSync(flags)
@@ -96,8 +96,7 @@ async def test_a_full_disk_refuses_the_publish_and_heals(tmp_path, vfs, after):
             try:
                 await app.publish(DiskOrder("a", number))
                 confirmed.append(number)
-            except StoreFullError as error:
-                assert error.code == "E502"
+            except StoreFullError:
                 refused.append(number)
     assert vfs.failed
     assert refused
@@ -142,8 +141,8 @@ async def test_a_service_whose_disk_was_full_goes_on_once_and_in_order(tmp_path,
             try:
                 await app.publish(DiskOrder("ab"[number % 2], number))
                 confirmed.append(number)
-            except TrunklineError as error:
-                assert error.code == "E502"
+            except StoreFullError:
+                continue
         vfs.fail = None
         async with asyncio.timeout(30):
             while len(file.rows(path, "SELECT n FROM effect")) < len(confirmed):
