@@ -118,8 +118,8 @@ def readme_with_speed(readme: str) -> str:
     begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
     machine = results[_README_ROWS[0]]["machine"]
     note = (
-        f"Medians of at least five alternating rounds on {machine['processor']}, every commit synced to disk; for CPU time"
-        " a ratio above 1 means so many times less. All cases, goals that were missed among them:"
+        f"Medians of at least five alternating rounds on {machine['processor']}, every commit synced to disk;"
+        " for CPU time a ratio above 1 means so many times less. All cases, goals that were missed among them:"
         " [performance](docs/explanation/performance.md); `make bench` measures them again."
     )
     before, _, rest = readme.partition(begin)
