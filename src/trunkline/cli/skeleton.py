@@ -150,7 +150,7 @@ def test_an_order_beyond_the_stock_is_refused(tmp_path):
 _README = """\
 # NAME
 
-A service that confirms orders while the stock lasts, on [Trunkline](https://pypi.org/project/trunkline/).
+A service that confirms orders while the stock lasts, on Trunkline.
 
 ```sh
 pip install -e . pytest

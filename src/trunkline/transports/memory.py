@@ -129,11 +129,13 @@ class _Reader:
     def add(self, delivery: Delivery) -> None:
         """Append one message."""
         self._buffer.append(delivery)
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiter is not None:
+            self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def waiting(self) -> int:
         """Return how many wait."""
@@ -169,11 +171,8 @@ class _PriorityReader(_Reader):
         """Insert one message by its priority."""
         assert delivery.message is not None  # noqa: S101 - placed with its message
         heappush(self._heap, (-min(max(delivery.message.priority, 0), 9), delivery.position, delivery))
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiter is not None:
+            self._wake()
 
     def waiting(self) -> int:
         """Return how many wait."""
