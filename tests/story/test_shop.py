@@ -119,6 +119,9 @@ def test_the_shop_stays_open_when_asked_to(tmp_path):
                 lambda: httpx.get(f"{url}/orders/{placed.order_id}", trust_env=False).json()["status"], "confirmed"
             )
             assert ended == "confirmed"
+            # What is still on its way when the shop closes waits for the next opening: let its story end first.
+            database = tmp_path / "demo" / DATABASE
+            assert until(lambda: told(database, placed.order_id), (4, 2)) == (4, 2)
         finally:
             process.send_signal(signal.SIGINT)
             rest = process.stdout.read()
@@ -138,6 +141,16 @@ def answered(url: str) -> httpx.Response:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
+
+
+def told(database: Path, order_id: str) -> tuple[int, int]:
+    """Events in the order's history, and receipts of its mail and SMS, as a read-only look finds them."""
+    with closing(apsw.Connection(str(database), flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+        connection.set_busy_timeout(5000)
+        counts = "SELECT (SELECT count(*) FROM history WHERE order_id = ?1),"
+        counts += " (SELECT count(*) FROM notification WHERE order_id = ?1)"
+        ((events, receipts),) = connection.execute(counts, (order_id,)).fetchall()
+        return events, receipts
 
 
 def until(look, wanted, limit_s=30):
