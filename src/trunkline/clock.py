@@ -13,7 +13,7 @@ import queue as _queue
 import random as _random
 import threading as _threading
 import time as _time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, TypeVar
@@ -26,9 +26,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._rng = _random.Random()  # noqa: S311 - jitter, not secrets
-        self._id_ms = -1
-        self._id_head = ""
-        self._counter = count()
+        self._forget_ids()
         os.register_at_fork(after_in_child=self._forget_ids)
 
     now: Callable[[], float] = staticmethod(_time.time)
@@ -61,16 +59,23 @@ class Clock:
         millisecond, of which the last 48 count up.
         """
         now = self.now()
+        if now >= self._id_until:
+            self._renew_ids(now)
+        # One step for all threads, and all of it in C.
+        return next(self._ids), now
+
+    def _renew_ids(self, now: float) -> None:
         ms = int(now * 1000)
-        if ms > self._id_ms:
-            self._id_ms = ms
-            text = f"{ms:012x}"
-            entropy = int.from_bytes(os.urandom(10), "big")
-            variant = 0x8000 | ((entropy >> 48) & 0x3FFF)
-            self._id_head = f"{text[:8]}-{text[8:]}-7{entropy >> 68:03x}-{variant:04x}-"
-            self._counter = count(entropy & 0x7FFF_FFFF_FFFF)
-        # next() is one step for all threads, an addition would not be.
-        return f"{self._id_head}{next(self._counter):012x}", now
+        if ms <= self._id_ms:
+            return  # (ms + 1) / 1000 was rounded down
+        self._id_ms = ms
+        self._id_until = (ms + 1) / 1000
+        text = f"{ms:012x}"
+        entropy = int.from_bytes(os.urandom(10), "big")
+        variant = 0x8000 | ((entropy >> 48) & 0x3FFF)
+        head = f"{text[:8]}-{text[8:]}-7{entropy >> 68:03x}-{variant:04x}-"
+        # From 2**44, so that it has 12 digits without padding, to 2**48.
+        self._ids = map(f"{head}%x".__mod__, count((1 << 44) + (entropy & 0x7FFF_FFFF_FFFF)))
 
     def new_id(self) -> str:
         """Return a UUIDv7; see `stamp`."""
@@ -78,6 +83,8 @@ class Clock:
 
     def _forget_ids(self) -> None:
         self._id_ms = -1
+        self._id_until = 0.0
+        self._ids: Iterator[str] = iter(())
 
 
 class ManualClock(Clock):

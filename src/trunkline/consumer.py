@@ -303,11 +303,13 @@ class Consumer:
         if not self._shared:
             self._acknowledge_later(unit)
         self._under_way -= len(unit.deliveries)
-        self._give_room()
+        if self._free is not None:
+            self._give_room()
 
     def _give_room(self) -> None:
-        if self._free is not None and not self._free.done():
-            self._free.set_result(None)
+        free, self._free = self._free, None
+        if free is not None and not free.done():
+            free.set_result(None)
 
     def _acknowledge_later(self, unit: Unit) -> None:
         live = [delivery for delivery in unit.deliveries if delivery.row == LIVE]

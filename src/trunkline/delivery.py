@@ -287,11 +287,12 @@ class Deliverer:
 
     def settle(self, unit: Unit, outcome: Outcome) -> None:  # noqa: C901 - one match, every outcome
         """Act on an outcome: the only place that does. The store commits it with the next group."""
-        if isinstance(outcome, DeadLetter) and not self._holds:
-            outcome = msgspec.structs.replace(outcome, holds=False)
-        unit.outcome = outcome
         if unit.context is not None:
             unit.end_context()
+        if outcome is not ACK:
+            if isinstance(outcome, DeadLetter) and not self._holds:
+                outcome = msgspec.structs.replace(outcome, holds=False)
+            unit.outcome = outcome
         for delivery in unit.deliveries:
             if outcome is ACK and delivery.row == LIVE:
                 continue  # the usual case: nothing to note

@@ -50,7 +50,7 @@ class MemoryStore:
         self._callbacks: list[Callable[[], None]] = []
         self._staged_callbacks: list[Callable[[], None]] = []
         self._place: Callable[[Sequence[Staged]], None] | None = None
-        self._forget_live: Callable[[Sequence[Delivery]], None] | None = None
+        self._forget_live: Callable[[str], None] | None = None
         self._lock = asyncio.Lock()
         self._tables: apsw.Connection | None = None
 
@@ -97,6 +97,10 @@ class MemoryStore:
 
     def submit(self, unit: Unit) -> None:
         """Apply at once; see Store."""
+        deliveries = unit.deliveries
+        if unit.outcome is ACK and unit.transaction is None and len(deliveries) == 1 and deliveries[0].fresh:
+            self._submit_fresh(unit, deliveries[0])
+            return
         if unit.transaction is not None:
             try:
                 self._end_transaction(unit)
@@ -106,13 +110,23 @@ class MemoryStore:
         elif unit.outcome is ACK and not unit.duplicate and not self._remember(unit):
             unit.duplicate = True
             unit.staged = ()
-        for delivery in unit.deliveries:
+        for delivery in deliveries:
             if unit.outcome is not ACK or delivery.suspect or delivery.row != LIVE:
                 self._move(unit, delivery)
+            if delivery.row == LIVE and self._forget_live is not None:
+                self._forget_live(delivery.subscription.label)
+        if unit.staged:
+            self._send(unit.staged)
+        unit.done(unit, None)
+
+    def _submit_fresh(self, unit: Unit, delivery: Delivery) -> None:
+        """Acknowledge what cannot have been handled before: the usual case, in as few steps as can be."""
+        label = delivery.subscription.label
+        self._inbox[label].add(_inbox_id(delivery))
         if unit.staged:
             self._send(unit.staged)
         if self._forget_live is not None:
-            self._forget_live(unit.deliveries)
+            self._forget_live(label)
         unit.done(unit, None)
 
     def _move(self, unit: Unit, delivery: Delivery) -> None:
@@ -353,7 +367,7 @@ def _inbox_id(delivery: Delivery) -> str:
     message = delivery.message
     if message is None:
         return ""  # unreadable: never acknowledged as handled
-    identity = message.identity
+    identity = message.id if delivery.fresh else message.identity  # an id made here is a UUID, and identity enough
     return f"{message.tenantid}\n{identity}" if message.tenantid else identity
 
 
