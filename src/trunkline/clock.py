@@ -26,7 +26,9 @@ class Clock:
 
     def __init__(self) -> None:
         self._rng = _random.Random()  # noqa: S311 - jitter, not secrets
-        self._forget_ids()
+        self._id_ms = -1
+        self._id_until = 0.0
+        self._ids: Iterator[str] = iter(())
         os.register_at_fork(after_in_child=self._forget_ids)
 
     now: Callable[[], float] = staticmethod(_time.time)
@@ -84,7 +86,6 @@ class Clock:
     def _forget_ids(self) -> None:
         self._id_ms = -1
         self._id_until = 0.0
-        self._ids: Iterator[str] = iter(())
 
 
 class ManualClock(Clock):

@@ -49,7 +49,8 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(cls)
     except TypeError as error:
         raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
-    return checked_encode(encode_json, name), checked_decode(decoder.decode, name, deep=_is_deep(inspect.type_info(cls)))
+    deep = _is_deep(inspect.type_info(cls))
+    return checked_encode(encode_json, name), checked_decode(decoder.decode, name, deep=deep)
 
 
 _NESTED = (inspect.StructType, inspect.DataclassType, inspect.TypedDictType)

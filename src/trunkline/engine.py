@@ -42,14 +42,14 @@ LOCK_WAIT_S = 30.0
 POLL_MIN_S, POLL_MAX_S = 0.001, 0.02
 """How often changes by other processes are looked for, when busy and when idle."""
 SLOW_TRANSACTION_S = 0.25
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE trunkline_process (
     id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, started REAL NOT NULL, beat REAL NOT NULL
 );
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO trunkline_counter VALUES ('position', 0), ('declared', 0), ('treated', 0), ('staged', 0);
+INSERT INTO trunkline_counter VALUES ('row', 0), ('declared', 0), ('treated', 0), ('staged', 0);
 """
 
 
@@ -112,6 +112,7 @@ class Engine:
         process: number of this process in the file, never used twice.
         reader: read-only connection; sees what is committed.
         labels: subscriptions that Apps of this process read.
+        places_for: the stage that last placed messages, and so knows where the file goes on.
     """
 
     def __init__(self, path: str, clock: Clock, vfs: str | None = None, lease_s: float = LEASE_S) -> None:
@@ -123,6 +124,7 @@ class Engine:
         self.process = 0
         self.stages: list[Stage] = []
         self.labels: set[str] = set()
+        self.places_for: Stage | None = None
         self.failure: TransportError | None = None
         self.on_failure: list[Callable[[TransportError], None]] = []
         self._parties: list[Party] = []
@@ -192,8 +194,8 @@ class Engine:
     def counter(self, name: str) -> int:
         """Return a counter as last committed.
 
-        `position`: last position given; `declared`: rises with channels, subscriptions and readers; `treated`:
-        when dead letters are redriven or discarded; `staged`: when the outbox grows.
+        `row`: last queue row that was removed, or a later one; `declared`: rises with channels, subscriptions and
+        readers; `treated`: when dead letters are redriven or discarded; `staged`: when the outbox grows.
         """
         return int(query(self.reader, "SELECT value FROM trunkline_counter WHERE name = ?", (name,))[0][0])
 
@@ -518,7 +520,7 @@ class Engine:
                 for unit in units:
                     unit.done(unit, None)
         for party in self._parties:
-            if took_part.isdisjoint(party.stages):
+            if not took_part.issubset(party.stages):
                 for stage in party.stages:
                     stage.foreign_change()
 

@@ -79,7 +79,7 @@ def a_service() -> Service:
 
 
 def stored(path: Path) -> list[int]:
-    found = file.rows(path, "SELECT event FROM trunkline_log ORDER BY position")
+    found = file.rows(path, "SELECT event FROM trunkline_log ORDER BY place")
     return [int(bytes(event).split(b'"number":')[1].split(b"}")[0]) for (event,) in found]
 
 

@@ -92,7 +92,7 @@ def spoil(path: Path, table: str, event: bytes) -> None:
     """Replace the newest envelope of a table, as a broken producer would have written it."""
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(5000)
-    connection.execute(f"UPDATE {table} SET event = ? WHERE position = (SELECT max(position) FROM {table})", (event,))
+    connection.execute(f"UPDATE {table} SET event = ? WHERE rowid = (SELECT max(rowid) FROM {table})", (event,))
     connection.close()
 
 

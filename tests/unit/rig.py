@@ -127,21 +127,18 @@ class Rig:
         await self._write_bytes(self.subscription(name), raw, partition or 0)
 
     async def _write_bytes(self, subscription: Subscription, raw: bytes, partition: int) -> None:
+        from trunkline.transports.sqlite.transport import last_position, place
+
         transport: Any = self.app.transport
         reader = transport._readers[subscription.label]
 
         def write(connection: Any) -> None:
-            position = connection.execute(
-                "UPDATE trunkline_counter SET value = value + 1 WHERE name = 'position' RETURNING value"
-            ).fetchall()[0][0]
             if subscription.channel.kind == "stream":
-                connection.execute(
-                    "INSERT INTO trunkline_log VALUES (?, ?, ?, 0, ?)", (position, reader.channel, partition, raw)
-                )
+                position = last_position(connection, reader.channel) + 1
+                row = (place(reader.channel, position), partition, raw)
+                connection.execute("INSERT INTO trunkline_log VALUES (?, ?, 0, ?)", row)
             else:
-                connection.execute(
-                    "INSERT INTO trunkline_queue VALUES (?, ?, 0, NULL, 0, ?)", (position, reader.number, raw)
-                )
+                connection.execute("INSERT INTO trunkline_queue VALUES (NULL, ?, 0, NULL, 0, ?)", (reader.number, raw))
 
         await transport.engine.run(write)
         transport.foreign_change()

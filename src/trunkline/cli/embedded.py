@@ -21,7 +21,7 @@ from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import parse_address
-from trunkline.transports.sqlite import count_backlog
+from trunkline.transports.sqlite import count_backlog, last_position
 
 BUSY_MS = 5000
 
@@ -215,9 +215,9 @@ class EmbeddedFile:
 
     # --- messages ---
 
-    def last_position(self) -> int:
-        """Return the position of the newest message; later ones are higher."""
-        return int(self.rows("SELECT value FROM trunkline_counter WHERE name = 'position'")[0][0])
+    def last_position(self, channel: StoredChannel) -> int:
+        """Return the position of the newest message of a Stream; later ones are higher."""
+        return last_position(self.connection, channel.number)
 
     def read(self, channel: StoredChannel, after: int, limit: int) -> list[StoredMessage]:
         """Return messages of a channel in order: of a Stream the log, else those that wait.
@@ -225,7 +225,10 @@ class EmbeddedFile:
         A message of a Topic is there once per subscription that has not handled it.
         """
         if channel.kind == "stream":
-            sql = "SELECT position, event FROM trunkline_log WHERE channel = ? AND position > ? ORDER BY 1 LIMIT ?"
+            sql = (
+                "SELECT place - (?1 << 40), event FROM trunkline_log"
+                " WHERE place > (?1 << 40) + ?2 AND place < (?1 + 1) << 40 ORDER BY place LIMIT ?3"
+            )
         else:
             sql = (
                 "SELECT q.position, q.event FROM trunkline_subscription s"
@@ -279,10 +282,11 @@ class EmbeddedFile:
     def _oldest(self, number: int, kind: str) -> float | None:
         if kind == "stream":
             rows = self.rows(
-                "SELECT l.at FROM trunkline_subscription s CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p"
-                " WHERE s.id = ?1 AND l.channel = s.channel AND p.subscription = ?1 AND p.partition = l.partition"
-                " AND l.position > (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
-                " AND l.position > p.position ORDER BY l.position LIMIT 1",
+                "SELECT l.at FROM (SELECT channel << 40 AS base FROM trunkline_subscription WHERE id = ?1) s"
+                " CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p WHERE l.place < s.base + (1 << 40)"
+                " AND l.place > s.base + (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
+                " AND p.subscription = ?1 AND p.partition = l.partition AND l.place > s.base + p.position"
+                " ORDER BY l.place LIMIT 1",
                 number,
             )
             return float(rows[0][0]) if rows else None

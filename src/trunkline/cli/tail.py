@@ -52,7 +52,7 @@ def tail(
 
     with open_file(load_settings(transport=transport).transport) as file:
         found = file.channel(channel)
-        begin = 0 if from_start or not follow or found.kind != "stream" else file.last_position()
+        begin = 0 if from_start or not follow or found.kind != "stream" else file.last_position(found)
         for count, stored in enumerate(_messages(file, found, begin, follow=follow), 1):
             line = _as_json(stored) if as_json else _line(stored)
             sys.stdout.write(f"{line}\n")

@@ -39,9 +39,11 @@ CREATE INDEX IF NOT EXISTS trunkline_outbox_owner ON trunkline_outbox (owner) WH
 CREATE TABLE IF NOT EXISTS trunkline_parked (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, reader INTEGER NOT NULL, key TEXT, partition INTEGER NOT NULL,
     position INTEGER NOT NULL, due REAL NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL,
-    owner INTEGER, event BLOB NOT NULL
+    owner INTEGER, event BLOB NOT NULL, head INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX IF NOT EXISTS trunkline_parked_key ON trunkline_parked (reader, key, position, seq);
+CREATE UNIQUE INDEX IF NOT EXISTS trunkline_parked_head ON trunkline_parked (reader, key) WHERE head;
+CREATE INDEX IF NOT EXISTS trunkline_parked_head_due ON trunkline_parked (reader, due) WHERE head;
 CREATE INDEX IF NOT EXISTS trunkline_parked_due ON trunkline_parked (reader, due) WHERE key IS NULL;
 CREATE TABLE IF NOT EXISTS trunkline_dead_letter (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, reader INTEGER NOT NULL, channel TEXT NOT NULL, key TEXT,
@@ -171,12 +173,14 @@ class SqliteStore:
         if fresh:
             self._remember(connection, fresh)
         finished: list[tuple[int]] = []
+        touched: set[tuple[int, str]] = set()
         for unit in units:
             if unit.outcome is not ACK:
-                self._set_aside(connection, unit)
+                self._set_aside(connection, unit, touched)
             for delivery in unit.deliveries:
                 if delivery.row != LIVE:
                     finished.append((delivery.row,))
+                    self._touch(delivery, touched)
                 if delivery.suspect:
                     self._forget_attempt(connection, delivery)
         outbox = [
@@ -190,6 +194,13 @@ class SqliteStore:
             count_up(connection, "staged")
         if finished:
             connection.executemany("DELETE FROM trunkline_parked WHERE seq = ?", finished)
+        for reader, key in touched:
+            _mark_head(connection, reader, key)
+
+    def _touch(self, delivery: Delivery, touched: set[tuple[int, str]]) -> None:
+        key = _parking_key(delivery)
+        if key is not None:
+            touched.add((self._reader(delivery.subscription), key))
 
     def committed(self, units: Sequence[Unit]) -> None:
         """Wake the relay when something scheduled was committed."""
@@ -254,9 +265,10 @@ class SqliteStore:
         if connection.total_changes() - before != len(rows):
             raise DuplicateSignal
 
-    def _set_aside(self, connection: apsw.Connection, unit: Unit) -> None:
+    def _set_aside(self, connection: apsw.Connection, unit: Unit, touched: set[tuple[int, str]]) -> None:
         outcome = unit.outcome
         for delivery in unit.deliveries:
+            self._touch(delivery, touched)
             if isinstance(outcome, RetryLater):
                 self._park(connection, delivery, self._clock.now() + outcome.after_s, outcome.reason)
             elif isinstance(outcome, DeadLetter):
@@ -349,24 +361,18 @@ class SqliteStore:
         reader = self._reader(subscription)
         found: list[Delivery] = []
         next_due: float | None = None
-        heads = query(
-            self.engine.reader,
-            "SELECT p.seq, p.key, p.partition, p.position, p.due, p.attempt, p.event FROM trunkline_parked p"
-            " WHERE p.reader = ?1 AND p.key IS NOT NULL AND p.seq ="
-            " (SELECT q.seq FROM trunkline_parked q WHERE q.reader = ?1 AND q.key = p.key"
-            "  ORDER BY q.position, q.seq LIMIT 1)"
-            " AND NOT EXISTS (SELECT 1 FROM trunkline_dead_letter d WHERE d.reader = ?1 AND d.key = p.key"
-            "  AND d.holds) ORDER BY p.due",
+        heads = self.engine.reader.execute(
+            "SELECT seq, key, partition, position, due, attempt, event FROM trunkline_parked"
+            " WHERE reader = ? AND head ORDER BY due",
             (reader,),
         )
         for seq, key, partition, position, due, attempt, event in heads:
-            if key in running or not owns(partition):
-                continue
-            if due > now:
+            if len(found) == limit or due > now:
                 next_due = due
                 break
-            if len(found) < limit:
+            if key not in running and owns(partition):
                 found.append(Delivery(subscription, None, event, key, position, partition, attempt, seq))
+        heads.close()
         loose, loose_due = await self._claim_loose(subscription, reader, now, limit - len(found))
         dues = [due for due in (next_due, loose_due) if due is not None]
         return found + loose, min(dues) if dues else None
@@ -453,6 +459,7 @@ class SqliteStore:
                 " VALUES (?, ?, ?, ?, 0, 0, 'redriven', ?)",
                 (reader, key, partition, position, event if raw is None else raw),
             )
+            _mark_head(connection, reader, key)
 
         await self.engine.run(move)
         self._notify()
@@ -473,7 +480,12 @@ class SqliteStore:
 
     async def discard_dead_letter(self, number: int) -> None:
         """Remove a dead letter; see Store."""
-        await self.engine.run(lambda connection: _take_dead_letter(connection, number))
+
+        def remove(connection: apsw.Connection) -> None:
+            reader, key, *_ = _take_dead_letter(connection, number)
+            _mark_head(connection, reader, key)
+
+        await self.engine.run(remove)
         self._notify()
 
     async def tidy(self) -> None:
@@ -491,6 +503,22 @@ class SqliteStore:
             await self.engine.run(
                 lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader = ? AND tenant = ? AND id = ?", old)
             )
+
+
+def _mark_head(connection: apsw.Connection, reader: int, key: str | None) -> None:
+    """Mark which parked message of a key may run when it is due: the first, unless a dead letter holds the key.
+
+    So finding what is due costs the same however many wait behind.
+    """
+    if key is None:
+        return
+    connection.execute("UPDATE trunkline_parked SET head = 0 WHERE reader = ? AND key = ? AND head", (reader, key))
+    connection.execute(
+        "UPDATE trunkline_parked SET head = 1 WHERE seq = (SELECT seq FROM trunkline_parked"
+        " WHERE reader = ?1 AND key = ?2 ORDER BY position, seq LIMIT 1) AND NOT EXISTS"
+        " (SELECT 1 FROM trunkline_dead_letter WHERE reader = ?1 AND key = ?2 AND holds)",
+        (reader, key),
+    )
 
 
 def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:

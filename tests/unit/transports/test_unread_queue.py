@@ -3,6 +3,7 @@
 import asyncio
 
 from trunkline import App, Context, Queue, Service, Struct
+from trunkline.engine import query
 
 requests = Queue("unread-requests")
 jobs = Queue("unread-jobs")
@@ -44,7 +45,7 @@ async def test_a_queue_keeps_what_is_sent_before_its_owner_ever_ran(tmp_path):
         await app.send(Ask(1))
         await app.send(Work(3))
         async with asyncio.timeout(10):
-            while app.transport.engine.counter("position") < 4:
+            while query(app.transport.engine.reader, "SELECT count(*) FROM trunkline_queue") != [(3,)]:
                 await asyncio.sleep(0.01)
     async with App(owner, url):
         async with asyncio.timeout(10):

@@ -176,11 +176,12 @@ class StreamReader(Reader):
 
     async def load(self, limit: int) -> None:
         """Read on in the log; rows of partitions that others own are passed over."""
+        base = self.channel << 40  # see `place` in transport.py
         rows = query(
             self.transport.engine.reader,
-            "SELECT position, partition, event FROM trunkline_log WHERE channel = ? AND position > ?"
-            " ORDER BY position LIMIT ?",
-            (self.channel, self._scan, limit),
+            "SELECT place - ?1, partition, event FROM trunkline_log WHERE place > ?1 + ?2 AND place < ?1 + (1 << 40)"
+            " ORDER BY place LIMIT ?3",
+            (base, self._scan, limit),
         )
         if len(rows) == limit:
             self.behind = True

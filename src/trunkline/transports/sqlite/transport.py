@@ -43,10 +43,8 @@ CREATE TABLE IF NOT EXISTS trunkline_subscription (
     id INTEGER PRIMARY KEY, channel INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (channel, name)
 );
 CREATE TABLE IF NOT EXISTS trunkline_log (
-    position INTEGER PRIMARY KEY, channel INTEGER NOT NULL, partition INTEGER NOT NULL, at INTEGER NOT NULL,
-    event BLOB NOT NULL
+    place INTEGER PRIMARY KEY, partition INTEGER NOT NULL, at INTEGER NOT NULL, event BLOB NOT NULL
 );
-CREATE INDEX IF NOT EXISTS trunkline_log_channel ON trunkline_log (channel, position);
 CREATE TABLE IF NOT EXISTS trunkline_queue (
     position INTEGER PRIMARY KEY, subscription INTEGER NOT NULL, priority INTEGER NOT NULL, owner INTEGER,
     suspect INTEGER NOT NULL, event BLOB NOT NULL
@@ -90,7 +88,7 @@ class SqliteTransport:
         self._retention: dict[str, float] = {}
         self._declared = -1
         self._labels: set[str] = set()
-        self._next = 0
+        self._next_row = 0
         self._now = 0
         self._stale = True
         self._fresh: list[tuple[QueueReader | StreamReader, Delivery]] = []
@@ -191,7 +189,10 @@ class SqliteTransport:
         assert isinstance(channel, Stream)  # noqa: S101 - for the type checker
         begin = 0
         if subscription.start == "latest":
-            begin = query(connection, "SELECT value FROM trunkline_counter WHERE name = 'position'")[0][0]
+            (channel_number,) = query(
+                connection, "SELECT channel FROM trunkline_subscription WHERE id = ?", (number,)
+            )[0]  # fmt: skip
+            begin = last_position(connection, channel_number)
         for partition in range(channel.partitions):
             connection.execute(
                 "INSERT INTO trunkline_partition VALUES (?, ?, ?, NULL, 0) ON CONFLICT DO NOTHING",
@@ -259,29 +260,40 @@ class SqliteTransport:
 
     def apply(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
         """Write the messages that `units` send and remove those that they settle."""
-        if self._stale:
-            self._next = query(connection, "SELECT value FROM trunkline_counter WHERE name = 'position'")[0][0]
-            self._stale = False
+        if self._stale or self.engine.places_for is not self:
+            self._read_positions(connection)
         self._now = int(self.clock.now())
-        first = self._next
         self._place_all(connection, units)
-        self._settle_all(connection, units)
-        if self._next != first:
-            connection.execute("UPDATE trunkline_counter SET value = ? WHERE name = 'position'", (self._next,))
+        if self._settle_all(connection, units):
+            # Rows are gone, perhaps the last one: from the rows that are left its number would be given again.
+            connection.execute("UPDATE trunkline_counter SET value = ? WHERE name = 'row'", (self._next_row,))
+
+    def _read_positions(self, connection: apsw.Connection) -> None:
+        """Learn where the file goes on: somebody else may have written."""
+        self._next_row = query(
+            connection,
+            "SELECT max(value, ifnull((SELECT max(position) FROM trunkline_queue), 0)) FROM trunkline_counter"
+            " WHERE name = 'row'",
+        )[0][0]
+        for route in self._routes.values():
+            route.position = None
+        self._stale = False
+        self.engine.places_for = self
 
     def _place_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
-        log_rows: list[tuple[int, int, int, int, bytes]] = []
+        log_rows: list[tuple[int, int, int, bytes]] = []
         queue_rows: list[tuple[int, int, int, int | None, bytes]] = []
         for unit in units:
             for staged in unit.staged:
                 if staged.due is None:
                     self._place(connection, staged, log_rows, queue_rows)
         if log_rows:
-            connection.executemany("INSERT INTO trunkline_log VALUES (?, ?, ?, ?, ?)", log_rows)
+            connection.executemany("INSERT INTO trunkline_log VALUES (?, ?, ?, ?)", log_rows)
         if queue_rows:
             connection.executemany("INSERT INTO trunkline_queue VALUES (?, ?, ?, ?, 0, ?)", queue_rows)
 
-    def _settle_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
+    def _settle_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> bool:
+        """Remove what is settled; return whether rows of queues went."""
         gone: list[tuple[int]] = []
         touched: set[Partition] = set()
         for unit in units:
@@ -301,12 +313,13 @@ class SqliteTransport:
             connection.executemany("DELETE FROM trunkline_queue WHERE position = ?", gone)
         if touched:
             self._advance(connection, touched)
+        return bool(gone)
 
     def _place(
         self,
         connection: apsw.Connection,
         staged: Staged,
-        log_rows: list[tuple[int, int, int, int, bytes]],
+        log_rows: list[tuple[int, int, int, bytes]],
         queue_rows: list[tuple[int, int, int, int | None, bytes]],
     ) -> None:
         channel, message = staged.channel, staged.message
@@ -316,16 +329,18 @@ class SqliteTransport:
         event = pack(message)
         key = message.partitionkey
         if isinstance(channel, Stream):
-            position = self._next = self._next + 1
+            if route.position is None:
+                route.position = last_position(connection, route.number)
+            position = route.position = route.position + 1
             partition = crc32((key or message.id).encode()) % channel.partitions
-            log_rows.append((position, route.number, partition, self._now, event))
+            log_rows.append((place(route.number, position), partition, self._now, event))
             for owner in route.readers:
                 fresh = Delivery(owner.subscription, message, None, key, position, partition, fresh=staged.fresh)
                 self._fresh.append((owner, fresh))
             return
         priority = min(max(message.priority, 0), 9) if isinstance(channel, Queue) and channel.priority else 0
         for number, reader in route.queues:
-            position = self._next = self._next + 1
+            position = self._next_row = self._next_row + 1
             process = None
             if reader is not None and reader.takes_fresh():
                 process = self.engine.process
@@ -460,12 +475,17 @@ class SqliteTransport:
 
 
 class _Route:
-    """Where messages of one channel go: readers of a Stream here, or a queue row per subscription."""
+    """Where messages of one channel go: readers of a Stream here, or a queue row per subscription.
 
-    __slots__ = ("number", "queues", "readers")
+    Attributes:
+        position: of a Stream, the last one given; None if it is to be read from the file.
+    """
+
+    __slots__ = ("number", "position", "queues", "readers")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.position: int | None = None
         self.readers: list[StreamReader] = []
         self.queues: list[tuple[int, QueueReader | None]] = []
 
@@ -475,11 +495,25 @@ def _stored_name(subscription: Subscription) -> str:
     return subscription.channel.name if isinstance(subscription.channel, Queue) else subscription.name
 
 
+def place(channel: int, position: int) -> int:
+    """Return where the log keeps a position of a Stream: each Stream has a range of its own in the one table."""
+    return (channel << 40) + position
+
+
+def last_position(connection: apsw.Connection, channel: int) -> int:
+    """Return the position of the newest message of a Stream; 0 if there was none yet."""
+    base = place(channel, 0)
+    sql = "SELECT max(place) FROM trunkline_log WHERE place > ? AND place < ?"
+    (newest,) = query(connection, sql, (base, place(channel + 1, 0)))[0]
+    return 0 if newest is None else int(newest - base)
+
+
 def _trim_log(connection: apsw.Connection, channel: int, before: int) -> None:
+    # The newest stays, however old: positions go on from it.
     connection.execute(
-        "DELETE FROM trunkline_log WHERE position IN (SELECT position FROM trunkline_log WHERE channel = ?1"
-        " AND at < ?2 ORDER BY position LIMIT 10000)",
-        (channel, before),
+        "DELETE FROM trunkline_log WHERE place IN (SELECT place FROM trunkline_log WHERE place > ? AND place < ?"
+        " AND at < ? ORDER BY place LIMIT 10000)",
+        (place(channel, 0), place(channel, last_position(connection, channel)), before),
     )
 
 
@@ -488,9 +522,10 @@ def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> 
     if stream:
         waiting = query(
             connection,
-            "SELECT count(*) FROM trunkline_partition p JOIN trunkline_subscription s ON s.id = p.subscription"
-            " JOIN trunkline_log l ON l.channel = s.channel AND l.partition = p.partition AND l.position > p.position"
-            " WHERE s.id = ?",
+            "SELECT count(*) FROM (SELECT channel << 40 AS base FROM trunkline_subscription WHERE id = ?1) s"
+            " CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p WHERE l.place < s.base + (1 << 40)"
+            " AND l.place > s.base + (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
+            " AND p.subscription = ?1 AND p.partition = l.partition AND l.place > s.base + p.position",
             (number,),
         )[0][0]
         return Backlog(waiting)
