@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from trunkline import App, Queue, Service, Stream, Struct
 from trunkline.engine import query
 
@@ -46,6 +48,16 @@ async def test_two_apps_of_a_process_write_in_one_group_and_each_hears_of_the_ot
                 await asyncio.sleep(0.005)
     assert seen == list(range(40))
     assert sorted(ran) == list(range(40))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+async def test_positions_go_on_from_those_of_another_app_in_the_same_group(tmp_path, last):
+    url = f"sqlite:///{tmp_path}/positions.db"
+    async with App(Service("first"), url) as one, App(Service("second"), url) as two:
+        await (one, two)[last].publish(Entry("a", 0))  # it knows where the file goes on, the other does not
+        await asyncio.gather(one.publish(Entry("a", 1)), two.publish(Entry("a", 2)))
+        positions = query(one.transport.engine.reader, "SELECT place & 0xffffffffff FROM trunkline_log")
+    assert positions == [(1,), (2,), (3,)]
 
 
 async def test_what_is_due_is_found_without_looking_at_what_waits_behind(tmp_path):
