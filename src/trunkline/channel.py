@@ -59,9 +59,22 @@ class MessageType:
         kind: `event` (may have many readers) or `command` (one owner).
         key: field that gives the partition key, if the channel orders by key.
         upcasters: from version → function on the plain dict, giving the next version.
+        decode: gives the payload of a Message, upcast to this class when an older version wrote it; raises DecodeError.
     """
 
-    __slots__ = ("_decode", "channel", "cls", "encode", "key", "key_of", "kind", "name", "upcasters", "version")
+    __slots__ = (
+        "_decode",
+        "channel",
+        "cls",
+        "decode",
+        "encode",
+        "key",
+        "key_of",
+        "kind",
+        "name",
+        "upcasters",
+        "version",
+    )
 
     def __init__(self, cls: type, name: str, version: int, channel: Channel, kind: str, key: str | None) -> None:
         self.cls = cls
@@ -73,20 +86,22 @@ class MessageType:
         self.encode: Encode
         self._decode: Decode
         self.encode, self._decode = compile_codec(cls, name)
+        self.decode: Decode = self._decode
         self.key_of = _key_getter(cls, key)
         self.upcasters: dict[int, Upcaster] = {}
 
-    def decode(self, message: Message) -> Any:
-        """Return the payload of `message`, upcast to this class when it was written by an older version.
+    def add_upcaster(self, version: int, function: Upcaster) -> None:
+        """Read schema `version` too: `function` makes the next version of it."""
+        self.upcasters[version] = function
+        self.decode = self._decode_any_version  # type: ignore[assignment]
 
-        Raises: DecodeError.
-        """
-        if message.schemaversion < self.version and self.upcasters:
-            return self._decode(self._upcast(message))
-        return self._decode(message.data)
+    def _decode_any_version(self, message: Message) -> Any:
+        if message.schemaversion < self.version:
+            message = msgspec.structs.replace(message, data=self._upcast(message))
+        return self._decode(message)
 
     def _upcast(self, message: Message) -> bytes:
-        plain = _decode_plain(message.data)
+        plain = _decode_plain(message)
         for version in range(message.schemaversion, self.version):
             upcast = self.upcasters.get(version)
             if upcast is None:
@@ -180,7 +195,7 @@ class Channel:
             )
 
         def register(function: Upcaster) -> Upcaster:
-            declared.upcasters[version] = function
+            declared.add_upcaster(version, function)
             return function
 
         return register

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, is_typeddict
+from typing import Any, Protocol, is_typeddict
 
 import msgspec
 from msgspec import inspect
 
 from trunkline.errors import DecodeError, DefinitionError, PayloadError
 
+
+class Carrier(Protocol):
+    """What has a payload: a Message."""
+
+    @property
+    def data(self) -> bytes:
+        """Return the encoded payload."""
+
+
 Encode = Callable[[Any], bytes]
-Decode = Callable[[bytes], Any]
+Decode = Callable[[Carrier], Any]
 
 MAX_PAYLOAD_BYTES = 1024 * 1024
 """Largest payload accepted, to publish or to read. Bigger data goes by reference (claim check)."""
@@ -99,8 +108,8 @@ def checked_encode(encode: Encode, name: str) -> Encode:
     return checked
 
 
-def checked_decode(decode: Decode, name: str, *, deep: bool = True) -> Decode:
-    """Return `decode` with the limits.
+def checked_decode(decode: Callable[[bytes], Any], name: str, *, deep: bool = True) -> Decode:
+    """Return `decode` with the limits, for the payload of a message.
 
     Args:
         deep: whether the type lets values be nested deeper than MAX_DEPTH; if not, whatever is deeper is not of the
@@ -108,7 +117,8 @@ def checked_decode(decode: Decode, name: str, *, deep: bool = True) -> Decode:
     It raises: DecodeError E410 (size), E411 (depth) or E412 (not of the type).
     """
 
-    def checked(data: bytes) -> Any:
+    def checked(message: Carrier) -> Any:
+        data = message.data
         # Cheap upper bound first: only many brackets can nest deeply.
         if len(data) > MAX_PAYLOAD_BYTES or (deep and data.count(b"[") + data.count(b"{") > MAX_DEPTH):
             check_limits(data)

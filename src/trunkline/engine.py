@@ -49,7 +49,7 @@ CREATE TABLE trunkline_process (
     id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, started REAL NOT NULL, beat REAL NOT NULL
 );
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO trunkline_counter VALUES ('row', 0), ('declared', 0), ('treated', 0), ('staged', 0);
+INSERT INTO trunkline_counter VALUES ('row', 0), ('declared', 0), ('returned', 0), ('treated', 0), ('staged', 0);
 """
 
 
@@ -194,8 +194,9 @@ class Engine:
     def counter(self, name: str) -> int:
         """Return a counter as last committed.
 
-        `row`: last queue row that was removed, or a later one; `declared`: rises with channels, subscriptions and
-        readers; `treated`: when dead letters are redriven or discarded; `staged`: when the outbox grows.
+        `row`: of the last message put into a queue; `declared`: rises with channels, subscriptions and readers;
+        `returned`: when rows of queues are given back; `treated`: when dead letters are redriven or discarded;
+        `staged`: when the outbox grows.
         """
         return int(query(self.reader, "SELECT value FROM trunkline_counter WHERE name = ?", (name,))[0][0])
 

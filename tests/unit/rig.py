@@ -13,6 +13,7 @@ import msgspec
 
 from trunkline import App, Service, System
 from trunkline.clock import ManualClock
+from trunkline.engine import query
 from trunkline.hooks import Fact
 from trunkline.message import Message, pack
 from trunkline.store import DeadLetterRow
@@ -127,7 +128,7 @@ class Rig:
         await self._write_bytes(self.subscription(name), raw, partition or 0)
 
     async def _write_bytes(self, subscription: Subscription, raw: bytes, partition: int) -> None:
-        from trunkline.transports.sqlite.transport import last_position, place
+        from trunkline.transports.sqlite.tables import FREE, last_position, log_place, queue_place
 
         transport: Any = self.app.transport
         reader = transport._readers[subscription.label]
@@ -135,10 +136,14 @@ class Rig:
         def write(connection: Any) -> None:
             if subscription.channel.kind == "stream":
                 position = last_position(connection, reader.channel) + 1
-                row = (place(reader.channel, position), partition, raw)
+                row = (log_place(reader.channel, position), partition, raw)
                 connection.execute("INSERT INTO trunkline_log VALUES (?, ?, 0, ?)", row)
             else:
-                connection.execute("INSERT INTO trunkline_queue VALUES (NULL, ?, 0, NULL, 0, ?)", (reader.number, raw))
+                number = query(
+                    connection, "UPDATE trunkline_counter SET value = value + 1 WHERE name = 'row' RETURNING value"
+                )[0][0]
+                row = (queue_place(reader.number, 0, number), FREE, raw)
+                connection.execute("INSERT INTO trunkline_queue VALUES (?, ?, 0, ?)", row)
 
         await transport.engine.run(write)
         transport.foreign_change()

@@ -21,7 +21,7 @@ from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import parse_address
-from trunkline.transports.sqlite import count_backlog, last_position
+from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
 
 BUSY_MS = 5000
 
@@ -225,17 +225,12 @@ class EmbeddedFile:
         A message of a Topic is there once per subscription that has not handled it.
         """
         if channel.kind == "stream":
-            sql = (
-                "SELECT place - (?1 << 40), event FROM trunkline_log"
-                " WHERE place > (?1 << 40) + ?2 AND place < (?1 + 1) << 40 ORDER BY place LIMIT ?3"
-            )
+            rows = read_log(self.connection, channel.number, after, limit)
+            found = [(position, event) for position, _, event in rows]
         else:
-            sql = (
-                "SELECT q.position, q.event FROM trunkline_subscription s"
-                " JOIN trunkline_queue q ON q.subscription = s.id"
-                " WHERE s.channel = ? AND q.position > ? ORDER BY q.position LIMIT ?"
-            )
-        return [StoredMessage(*row) for row in self.rows(sql, channel.number, after, limit)]
+            numbers = self.rows("SELECT id FROM trunkline_subscription WHERE channel = ?", channel.number)
+            found = [row for (number,) in numbers for row in read_queue(self.connection, number, after, limit)]
+        return [StoredMessage(*row) for row in sorted(found)[:limit]]
 
     # --- backlogs ---
 
@@ -281,18 +276,10 @@ class EmbeddedFile:
 
     def _oldest(self, number: int, kind: str) -> float | None:
         if kind == "stream":
-            rows = self.rows(
-                "SELECT l.at FROM (SELECT channel << 40 AS base FROM trunkline_subscription WHERE id = ?1) s"
-                " CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p WHERE l.place < s.base + (1 << 40)"
-                " AND l.place > s.base + (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
-                " AND p.subscription = ?1 AND p.partition = l.partition AND l.place > s.base + p.position"
-                " ORDER BY l.place LIMIT 1",
-                number,
-            )
-            return float(rows[0][0]) if rows else None
-        rows = self.rows("SELECT event FROM trunkline_queue WHERE subscription = ? ORDER BY position LIMIT 1", number)
+            return oldest(self.connection, number)
+        rows = read_queue(self.connection, number, 0, 1)
         try:
-            return unpack(rows[0][0]).time if rows else None
+            return unpack(rows[0][1]).time if rows else None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None  # an unreadable envelope has no time; `tail` shows it
 

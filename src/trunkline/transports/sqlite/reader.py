@@ -14,8 +14,8 @@ import apsw
 
 from trunkline.channel import Stream
 from trunkline.engine import query
-from trunkline.errors import TransportError
 from trunkline.transport import Delivery, Subscription
+from trunkline.transports.sqlite.tables import claim, has_free, hold, queue_range, read_log
 
 if TYPE_CHECKING:
     from trunkline.transports.sqlite.transport import SqliteTransport
@@ -82,7 +82,21 @@ class Reader:
 
 
 class QueueReader(Reader):
-    """Reader of a Queue or of one subscription of a Topic."""
+    """Reader of a Queue or of one subscription of a Topic.
+
+    Attributes:
+        high: place up to which the file says that this process may hold rows.
+    """
+
+    def __init__(self, transport: SqliteTransport, subscription: Subscription, number: int, channel: int) -> None:
+        super().__init__(transport, subscription, number, channel)
+        self._ordered = not getattr(subscription.channel, "priority", False)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Begin with the first row again: rows may have been given back, or what was noted was undone."""
+        self.high = 0
+        self._scan = queue_range(self.number)[0]
 
     def takes_fresh(self) -> bool:
         """Return whether a message being written now is handed over directly."""
@@ -96,28 +110,29 @@ class QueueReader(Reader):
     async def load(self, limit: int) -> None:
         """Claim up to `limit` waiting messages."""
         engine = self.transport.engine
-        ready = "SELECT 1 FROM trunkline_queue WHERE subscription = ? AND owner IS NULL LIMIT 1"
-        if not query(engine.reader, ready, (self.number,)):
-            return
-        try:
-            rows = await engine.run(lambda connection: self._claim(connection, limit))
-        except TransportError:
-            self.behind = True
-            raise
+        if not has_free(engine.reader, self.number, self._scan):
+            # Where another process gives this queue priorities, rows come before those taken last.
+            self.look_again()
+            if not has_free(engine.reader, self.number, self._scan):
+                return
+        rows = await engine.run(lambda connection: self._claim(connection, limit))
         if len(rows) == limit:
             self.behind = True
         self.held += len(rows)
-        for _, position, suspect, event in sorted(rows):
-            self.buffer.append(Delivery(self.subscription, None, event, None, position, suspect=bool(suspect)))
+        for place, suspect, event in rows:
+            self.buffer.append(Delivery(self.subscription, None, event, None, place, suspect=bool(suspect)))
 
-    def _claim(self, connection: apsw.Connection, limit: int) -> list[tuple[int, int, int, bytes]]:
-        return query(
-            connection,
-            "UPDATE trunkline_queue SET owner = ? WHERE position IN (SELECT position FROM trunkline_queue"
-            " WHERE subscription = ? AND owner IS NULL ORDER BY priority DESC, position LIMIT ?)"
-            " RETURNING -priority, position, suspect, event",
-            (self.transport.engine.process, self.number, limit),
-        )
+    def _claim(self, connection: apsw.Connection, limit: int) -> list[tuple[int, int, bytes]]:
+        process = self.transport.engine.process
+        rows = claim(connection, self.number, self._scan, process, limit)
+        if rows:
+            last = rows[-1][0]
+            if last > self.high:
+                self.high = last
+                hold(connection, process, self.number, last)
+            if self._ordered:
+                self._scan = last  # nothing free is left before it, and nothing comes there but what is given back
+        return rows
 
 
 class Partition:
@@ -176,13 +191,7 @@ class StreamReader(Reader):
 
     async def load(self, limit: int) -> None:
         """Read on in the log; rows of partitions that others own are passed over."""
-        base = self.channel << 40  # see `place` in transport.py
-        rows = query(
-            self.transport.engine.reader,
-            "SELECT place - ?1, partition, event FROM trunkline_log WHERE place > ?1 + ?2 AND place < ?1 + (1 << 40)"
-            " ORDER BY place LIMIT ?3",
-            (base, self._scan, limit),
-        )
+        rows = read_log(self.transport.engine.reader, self.channel, self._scan, limit)
         if len(rows) == limit:
             self.behind = True
         for position, partition, event in rows:

@@ -31,41 +31,29 @@ from trunkline.transport import (
     Subscription,
 )
 from trunkline.transports.sqlite.reader import Partition, QueueReader, StreamReader
+from trunkline.transports.sqlite.tables import (
+    FREE,
+    HIGHEST,
+    SCHEMA,
+    count_backlog,
+    give_back,
+    hold,
+    last_position,
+    log_place,
+    queue_place,
+    trim_log,
+)
 
 log = logging.getLogger("trunkline.transport.sqlite")
 
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS trunkline_channel (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, partitions INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS trunkline_subscription (
-    id INTEGER PRIMARY KEY, channel INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (channel, name)
-);
-CREATE TABLE IF NOT EXISTS trunkline_log (
-    place INTEGER PRIMARY KEY, partition INTEGER NOT NULL, at INTEGER NOT NULL, event BLOB NOT NULL
-);
-CREATE TABLE IF NOT EXISTS trunkline_queue (
-    position INTEGER PRIMARY KEY, subscription INTEGER NOT NULL, priority INTEGER NOT NULL, owner INTEGER,
-    suspect INTEGER NOT NULL, event BLOB NOT NULL
-);
-CREATE INDEX IF NOT EXISTS trunkline_queue_ready
-    ON trunkline_queue (subscription, priority DESC, position) WHERE owner IS NULL;
-CREATE INDEX IF NOT EXISTS trunkline_queue_owned ON trunkline_queue (owner) WHERE owner IS NOT NULL;
-CREATE TABLE IF NOT EXISTS trunkline_partition (
-    subscription INTEGER NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL, owner INTEGER,
-    suspect INTEGER NOT NULL, PRIMARY KEY (subscription, partition)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS trunkline_member (
-    subscription INTEGER NOT NULL, process INTEGER NOT NULL, PRIMARY KEY (subscription, process)
-) WITHOUT ROWID;
-"""
+HOLD_AHEAD = 10_000
+"""How many rows beyond the one handed over a process says it may hold, so that it need not say so each time."""
 
 
 class SqliteTransport:
     """Channels in the file that `address` names."""
 
-    schema = _SCHEMA
+    schema = SCHEMA
     owned: tuple[str, ...] = ("trunkline_queue", "trunkline_partition")
     capabilities = Capabilities(
         durable=True,
@@ -86,9 +74,9 @@ class SqliteTransport:
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._stored: dict[tuple[str, str], QueueReader | StreamReader] = {}
         self._retention: dict[str, float] = {}
-        self._declared = -1
+        self._counters = (-1, -1)
         self._labels: set[str] = set()
-        self._next_row = 0
+        self._row = 0
         self._now = 0
         self._stale = True
         self._fresh: list[tuple[QueueReader | StreamReader, Delivery]] = []
@@ -236,7 +224,7 @@ class SqliteTransport:
         for name, retention_s in self._retention.items():
             route = self._routes.get(name)
             if route is not None:
-                await self.engine.run(partial(_trim_log, channel=route.number, before=int(now - retention_s)))
+                await self.engine.run(partial(trim_log, channel=route.number, before=int(now - retention_s)))
 
     async def drain(self) -> None:
         """Stop handing out; see Transport."""
@@ -250,7 +238,7 @@ class SqliteTransport:
             await asyncio.gather(self._task, return_exceptions=True)
         process = self.engine.process
         if self.engine.failure is None:
-            await self.engine.run(lambda connection: self._give_back(connection, process, suspect=False))
+            await self.engine.run(lambda connection: give_back(connection, process, suspect=False))
         self.engine.labels -= self._labels
         if self in self.engine.stages:
             self.engine.remove_stage(self)
@@ -264,17 +252,11 @@ class SqliteTransport:
             self._read_positions(connection)
         self._now = int(self.clock.now())
         self._place_all(connection, units)
-        if self._settle_all(connection, units):
-            # Rows are gone, perhaps the last one: from the rows that are left its number would be given again.
-            connection.execute("UPDATE trunkline_counter SET value = ? WHERE name = 'row'", (self._next_row,))
+        self._settle_all(connection, units)
 
     def _read_positions(self, connection: apsw.Connection) -> None:
         """Learn where the file goes on: somebody else may have written."""
-        self._next_row = query(
-            connection,
-            "SELECT max(value, ifnull((SELECT max(position) FROM trunkline_queue), 0)) FROM trunkline_counter"
-            " WHERE name = 'row'",
-        )[0][0]
+        self._row = query(connection, "SELECT value FROM trunkline_counter WHERE name = 'row'")[0][0]
         for route in self._routes.values():
             route.position = None
         self._stale = False
@@ -282,7 +264,7 @@ class SqliteTransport:
 
     def _place_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
         log_rows: list[tuple[int, int, int, bytes]] = []
-        queue_rows: list[tuple[int, int, int, int | None, bytes]] = []
+        queue_rows: list[tuple[int, int, bytes]] = []
         for unit in units:
             for staged in unit.staged:
                 if staged.due is None:
@@ -290,10 +272,10 @@ class SqliteTransport:
         if log_rows:
             connection.executemany("INSERT INTO trunkline_log VALUES (?, ?, ?, ?)", log_rows)
         if queue_rows:
-            connection.executemany("INSERT INTO trunkline_queue VALUES (?, ?, ?, ?, 0, ?)", queue_rows)
+            connection.executemany("INSERT INTO trunkline_queue VALUES (?, ?, 0, ?)", queue_rows)
+            connection.execute("UPDATE trunkline_counter SET value = ? WHERE name = 'row'", (self._row,))
 
-    def _settle_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> bool:
-        """Remove what is settled; return whether rows of queues went."""
+    def _settle_all(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
         gone: list[tuple[int]] = []
         touched: set[Partition] = set()
         for unit in units:
@@ -310,17 +292,16 @@ class SqliteTransport:
                 else:
                     gone.append((delivery.position,))
         if gone:
-            connection.executemany("DELETE FROM trunkline_queue WHERE position = ?", gone)
+            connection.executemany("DELETE FROM trunkline_queue WHERE place = ?", gone)
         if touched:
             self._advance(connection, touched)
-        return bool(gone)
 
     def _place(
         self,
         connection: apsw.Connection,
         staged: Staged,
         log_rows: list[tuple[int, int, int, bytes]],
-        queue_rows: list[tuple[int, int, int, int | None, bytes]],
+        queue_rows: list[tuple[int, int, bytes]],
     ) -> None:
         channel, message = staged.channel, staged.message
         route = self._routes.get(channel.name)
@@ -333,23 +314,30 @@ class SqliteTransport:
                 route.position = last_position(connection, route.number)
             position = route.position = route.position + 1
             partition = crc32((key or message.id).encode()) % channel.partitions
-            log_rows.append((place(route.number, position), partition, self._now, event))
-            for owner in route.readers:
-                fresh = Delivery(owner.subscription, message, None, key, position, partition, fresh=staged.fresh)
-                self._fresh.append((owner, fresh))
+            log_rows.append((log_place(route.number, position), partition, self._now, event))
+            for stream_reader in route.readers:
+                fresh = Delivery(
+                    stream_reader.subscription, message, None, key, position, partition, fresh=staged.fresh
+                )  # fmt: skip
+                self._fresh.append((stream_reader, fresh))
             return
-        priority = min(max(message.priority, 0), 9) if isinstance(channel, Queue) and channel.priority else 0
+        urgent = isinstance(channel, Queue) and channel.priority
+        priority = min(max(message.priority, 0), HIGHEST) if urgent else 0
         for number, reader in route.queues:
-            position = self._next_row = self._next_row + 1
-            process = None
+            self._row += 1
+            place = queue_place(number, priority, self._row)
+            owner = FREE
             if reader is not None and reader.takes_fresh():
-                process = self.engine.process
+                owner += self.engine.process
                 reader.held += 1
-                fresh = Delivery(reader.subscription, message, None, key, position, fresh=staged.fresh)
+                if place > reader.high:
+                    reader.high = place + HOLD_AHEAD
+                    hold(connection, self.engine.process, number, reader.high)
+                fresh = Delivery(reader.subscription, message, None, key, place, fresh=staged.fresh)
                 self._fresh.append((reader, fresh))
             elif reader is not None:
                 reader.behind = True
-            queue_rows.append((position, number, priority, process, event))
+            queue_rows.append((place, owner, event))
 
     def _advance(self, connection: apsw.Connection, touched: set[Partition]) -> None:
         rows = []
@@ -389,6 +377,9 @@ class SqliteTransport:
             if isinstance(reader, QueueReader):
                 reader.held -= 1
         self._fresh.clear()
+        for kept in self._readers.values():
+            if isinstance(kept, QueueReader):
+                kept.look_again()
         for state, passed in reversed(self._advanced):
             state.pending.extendleft(reversed(passed))
             state.done.update(passed)
@@ -401,26 +392,19 @@ class SqliteTransport:
         """Another process committed: there may be messages, subscriptions, members."""
         self._stale = True
         self._rebalance_due = True
-        declared = self.engine.counter("declared")
-        if declared != self._declared:
-            self._declared = declared
+        declared, returned = self._counters
+        self._counters = self.engine.counter("declared"), self.engine.counter("returned")
+        if declared != self._counters[0]:
             self._reload_routes()
         for reader in self._readers.values():
+            if returned != self._counters[1] and isinstance(reader, QueueReader):
+                reader.look_again()
             reader.behind = True
             reader.wake()
 
     def release(self, connection: apsw.Connection, process: int) -> None:
         """Give back what a dead process held, as suspect."""
-        self._give_back(connection, process, suspect=True)
-
-    def _give_back(self, connection: apsw.Connection, process: int, *, suspect: bool) -> None:
-        connection.execute(
-            "UPDATE trunkline_queue SET owner = NULL, suspect = max(suspect, ?) WHERE owner = ?", (suspect, process)
-        )
-        connection.execute(
-            "UPDATE trunkline_partition SET owner = NULL, suspect = max(suspect, ?) WHERE owner = ?", (suspect, process)
-        )
-        connection.execute("DELETE FROM trunkline_member WHERE process = ?", (process,))
+        give_back(connection, process, suspect=True)
 
     # --- routes and partitions ---
 
@@ -493,45 +477,3 @@ class _Route:
 def _stored_name(subscription: Subscription) -> str:
     """A Queue has one owner, known or not when the first message comes: its row carries the queue's name."""
     return subscription.channel.name if isinstance(subscription.channel, Queue) else subscription.name
-
-
-def place(channel: int, position: int) -> int:
-    """Return where the log keeps a position of a Stream: each Stream has a range of its own in the one table."""
-    return (channel << 40) + position
-
-
-def last_position(connection: apsw.Connection, channel: int) -> int:
-    """Return the position of the newest message of a Stream; 0 if there was none yet."""
-    base = place(channel, 0)
-    sql = "SELECT max(place) FROM trunkline_log WHERE place > ? AND place < ?"
-    (newest,) = query(connection, sql, (base, place(channel + 1, 0)))[0]
-    return 0 if newest is None else int(newest - base)
-
-
-def _trim_log(connection: apsw.Connection, channel: int, before: int) -> None:
-    # The newest stays, however old: positions go on from it.
-    connection.execute(
-        "DELETE FROM trunkline_log WHERE place IN (SELECT place FROM trunkline_log WHERE place > ? AND place < ?"
-        " AND at < ? ORDER BY place LIMIT 10000)",
-        (place(channel, 0), place(channel, last_position(connection, channel)), before),
-    )
-
-
-def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> Backlog:
-    """Count what waits for the subscription of that number."""
-    if stream:
-        waiting = query(
-            connection,
-            "SELECT count(*) FROM (SELECT channel << 40 AS base FROM trunkline_subscription WHERE id = ?1) s"
-            " CROSS JOIN trunkline_log l CROSS JOIN trunkline_partition p WHERE l.place < s.base + (1 << 40)"
-            " AND l.place > s.base + (SELECT min(position) FROM trunkline_partition WHERE subscription = ?1)"
-            " AND p.subscription = ?1 AND p.partition = l.partition AND l.place > s.base + p.position",
-            (number,),
-        )[0][0]
-        return Backlog(waiting)
-    waiting, free = query(
-        connection,
-        "SELECT count(*), count(*) FILTER (WHERE owner IS NULL) FROM trunkline_queue WHERE subscription = ?",
-        (number,),
-    )[0]
-    return Backlog(waiting, waiting - free)
