@@ -128,6 +128,7 @@ class Engine:
         self.failure: TransportError | None = None
         self.on_failure: list[Callable[[TransportError], None]] = []
         self._parties: list[Party] = []
+        self._beside: dict[Stage, set[Stage]] = {}
         self._pending = 0
         self._jobs: list[_Job] = []
         self._waiters: deque[asyncio.Future[None]] = deque()
@@ -209,11 +210,14 @@ class Engine:
         """Return a Party of stages that were added; units are submitted to it."""
         party = Party(stages)
         self._parties.append(party)
+        for stage in stages:
+            self._beside.setdefault(stage, set()).update(stages)
         return party
 
     def remove_stage(self, stage: Stage) -> None:
         """Forget a stage and its parties."""
         self.stages.remove(stage)
+        self._beside.pop(stage, None)
         self._parties = [party for party in self._parties if stage not in party.stages]
 
     async def close(self) -> None:
@@ -520,10 +524,9 @@ class Engine:
                     stage.committed(units)
                 for unit in units:
                     unit.done(unit, None)
-        for party in self._parties:
-            if not took_part.issubset(party.stages):
-                for stage in party.stages:
-                    stage.foreign_change()
+        for stage, known in self._beside.items():
+            if not took_part <= known:  # another App of this process has written
+                stage.foreign_change()
 
     # --- failure ---
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BUFFER = 1000
 """Most messages one subscription holds in memory, handed out or not."""
-KEEP_LOCAL = 256
+KEEP_LOCAL = 500
 """Queue messages handed to a reader of the same process while it has fewer than these; the rest is for all."""
 
 
