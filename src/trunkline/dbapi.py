@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
 
@@ -23,6 +23,12 @@ sqlite_version = apsw.sqlite_lib_version()
 
 Binary = bytes
 
+T = TypeVar("T")
+
+_INSTEAD = (
+    "the unit commits when the handler returns and is undone when it raises; SAVEPOINT is allowed, and everything on"
+    " tables of your own"
+)
 _ENDS = re.compile(r"\s*(BEGIN|COMMIT|END|ROLLBACK(?!\s+(TRANSACTION\s+)?TO\b))\b", re.IGNORECASE)
 
 
@@ -66,6 +72,49 @@ class NotSupportedError(DatabaseError):
     """PEP 249 NotSupportedError."""
 
 
+class Guard:
+    """SQLite authorizer that refuses what a handler's statement must not do, however it is written.
+
+    It is asked when a statement is prepared; ApswTransaction turns it on for the statements of handlers only.
+    Source: SQLite C interface, sqlite3_set_authorizer.
+    """
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.refused = ""
+
+    def __call__(self, action: int, first: str | None, second: str | None, _schema: Any, _trigger: Any) -> int:
+        """Return whether a part of a statement may run."""
+        if self.watching and _is_refused(action, first or "", second or ""):
+            what = str(apsw.mapping_authorizer_function[action]).removeprefix("SQLITE_").replace("_", " ")
+            self.refused = " ".join(part for part in (what, first, second) if part)
+            return apsw.SQLITE_DENY
+        return apsw.SQLITE_OK
+
+
+_READING_PRAGMAS = {
+    "table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list",
+    "database_list", "function_list", "collation_list", "compile_options",
+}  # fmt: skip
+_ENDING = {apsw.SQLITE_TRANSACTION, apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH}
+_ON_FIRST = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE}
+_ON_SECOND = {
+    apsw.SQLITE_ALTER_TABLE, apsw.SQLITE_SAVEPOINT, apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_DROP_TRIGGER,
+    apsw.SQLITE_CREATE_INDEX, apsw.SQLITE_DROP_INDEX,
+}  # fmt: skip
+
+
+def _is_refused(action: int, first: str, second: str) -> bool:
+    if action == apsw.SQLITE_PRAGMA:
+        return first.lower() not in _READING_PRAGMAS
+    ours = "trunkline_"
+    return (
+        action in _ENDING
+        or (action in _ON_FIRST and first.lower().startswith(ours))
+        or (action in _ON_SECOND and second.lower().startswith(ours))
+    )
+
+
 class ApswTransaction:
     """The handler's open transaction on an apsw connection: the Transaction of the SQLite stores.
 
@@ -78,7 +127,12 @@ class ApswTransaction:
         self, connection: apsw.Connection, failed: Callable[[apsw.Error], Exception] = lambda error: error
     ) -> None:
         self._open: apsw.Connection | None = connection
-        self.failed = failed
+        self._failed = failed
+        self._failure: Exception | None = None
+        guard = connection.authorizer
+        if not isinstance(guard, Guard):
+            guard = connection.authorizer = Guard()
+        self._guard = guard
         # A handler's thread that outlived its time must not write into the next unit.
         self.lock = Lock()
 
@@ -90,7 +144,8 @@ class ApswTransaction:
     def raw(self, sql: str = "") -> apsw.Connection:
         """Return the connection for a statement.
 
-        Raises: TransactionError E509 after the handler, E510 for a statement that would end the transaction.
+        Raises: TransactionError E509 after the handler, E510 for a statement that would end the transaction, E511
+            after SQLite has ended it by itself; the device's failure, if that was why.
         """
         if self._open is None:
             raise TransactionError(
@@ -100,29 +155,48 @@ class ApswTransaction:
             raise TransactionError(
                 "E510",
                 f"{sql.split(None, 1)[0].upper()} inside the unit of work",
-                "the unit commits when the handler returns and is undone when it raises; SAVEPOINT is allowed",
+                _INSTEAD,
+            )
+        if not self._open.in_transaction:  # each statement would be a commit of its own
+            raise self._failure or TransactionError(
+                "E511", "an earlier statement undid the whole transaction, as OR ROLLBACK does", "use OR ABORT"
             )
         return self._open
 
-    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
-        """Run one statement; return the number of rows it changed."""
+    def run(self, sql: str, call: Callable[[apsw.Connection], T]) -> T:
+        """Return `call(connection)`, a statement of the handler's, under the guard.
+
+        Raises: as `raw`; what the statement meets, translated where it is the device's failure.
+        """
         with self.lock:
             connection = self.raw(sql)
-            before = connection.total_changes()
+            self._guard.watching = True
             try:
-                connection.execute(sql, parameters)
+                return call(connection)
+            except apsw.AuthError as error:
+                raise TransactionError("E510", f"{self._guard.refused} inside the unit of work", _INSTEAD) from error
             except apsw.Error as error:
-                raise self.failed(error) from None
+                failure = self._failed(error)
+                if failure is error:
+                    raise
+                self._failure = failure
+                raise failure from None
+            finally:
+                self._guard.watching = False
+
+    async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
+        """Run one statement; return the number of rows it changed."""
+
+        def call(connection: apsw.Connection) -> int:
+            before = connection.total_changes()
+            connection.execute(sql, parameters)
             return connection.total_changes() - before
+
+        return self.run(sql, call)
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Run one query; return its rows."""
-        with self.lock:
-            connection = self.raw(sql)
-            try:
-                return connection.execute(sql, parameters).fetchall()
-            except apsw.Error as error:
-                raise self.failed(error) from None
+        return self.run(sql, lambda connection: connection.execute(sql, parameters).fetchall())
 
     def connection(self) -> Connection:
         """Return a DB-API 2.0 connection on this transaction."""
@@ -187,34 +261,31 @@ class Cursor:
         """Run one statement for each row."""
         return self._run(sql, lambda cursor: cursor.executemany(sql, rows))
 
-    def _run(self, sql: str, call: Any) -> Cursor:
-        with self._transaction.lock:
-            return self._run_locked(sql, call)
-
-    def _run_locked(self, sql: str, call: Any) -> Cursor:
-        connection = self._transaction.raw(sql)
-        before = connection.total_changes()
-        cursor = connection.cursor()
+    def _run(self, sql: str, call: Callable[[apsw.Cursor], apsw.Cursor]) -> Cursor:
         columns: list[str] = []
 
         def note_columns(started: apsw.Cursor, _sql: str, _bindings: Any) -> bool:
             columns.extend(name for name, _ in started.get_description())
             return True
 
-        cursor.exec_trace = note_columns
-        try:
+        def run(connection: apsw.Connection) -> tuple[list[Any], int, int]:
+            before = connection.total_changes()
+            cursor = connection.cursor()
+            cursor.exec_trace = note_columns
             rows = list(call(cursor))
+            return rows, connection.total_changes() - before, connection.last_insert_rowid()
+
+        try:
+            rows, changed, self.lastrowid = self._transaction.run(sql, run)
         except apsw.ConstraintError as error:
             raise IntegrityError(str(error)) from error
         except (apsw.SQLError, apsw.BindingsError) as error:
             raise OperationalError(str(error)) from error
         except apsw.Error as error:
-            failure = self._transaction.failed(error)
-            raise (DatabaseError(str(error)) if failure is error else failure) from error
+            raise DatabaseError(str(error)) from error
         self._rows = iter(rows)
         self.description = [(name, None, None, None, None, None, None) for name in columns] or None
-        self.rowcount = -1 if columns else connection.total_changes() - before
-        self.lastrowid = connection.last_insert_rowid()
+        self.rowcount = -1 if columns else changed
         return self
 
     def fetchone(self) -> tuple[Any, ...] | None:

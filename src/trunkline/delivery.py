@@ -204,9 +204,6 @@ class Deliverer:
             except DuplicateSignal:
                 await self._undo(unit)
                 unit.duplicate = True
-            except asyncio.CancelledError:
-                await self._undo(unit)
-                raise
             except (StoreFullError, FatalStoreError, LeaseLostError) as error:
                 # Not a failure of the handler: it is done again when there is room, or by another process.
                 await self._undo(unit)
@@ -221,6 +218,9 @@ class Deliverer:
                     started, outcome = None, ACK
                     continue
                 self._explain(route, delivery, error, outcome)
+            except BaseException:  # cancelled, or the process is to end: nothing of it may stay open
+                await self._undo(unit)
+                raise
             break
         if epoch == self.epoch:
             self.settle(unit, outcome)
@@ -375,15 +375,15 @@ class Deliverer:
                 await self._store.transaction(unit)
         except DuplicateSignal:
             await self._undo(unit)
-        except asyncio.CancelledError:
-            await self._undo(unit)
-            raise
         except (StoreFullError, FatalStoreError, LeaseLostError):
             raise
         except Exception as error:  # noqa: BLE001 - the policy decides about every failure
             await self._undo(unit)
             if len(unit.deliveries) == 1:
                 log.debug("%s failed alone: %s", route.name, error)
+        except BaseException:
+            await self._undo(unit)
+            raise
         else:
             return ACK
         return None

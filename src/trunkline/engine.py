@@ -25,6 +25,7 @@ from trunkline.errors import (
     FatalStoreError,
     LeaseLostError,
     StoreFullError,
+    TransactionError,
     TransportError,
 )
 from trunkline.membership import Membership
@@ -51,6 +52,8 @@ CREATE TABLE trunkline_process (
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO trunkline_counter VALUES ('row', 0), ('declared', 0), ('returned', 0), ('treated', 0), ('staged', 0);
 """
+
+_DEVICE_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError)
 
 
 class Stage(Protocol):
@@ -135,6 +138,7 @@ class Engine:
         self._applied = 0
         self._applied_jobs: list[_Job] = []
         self._device_error: apsw.Error | None = None
+        self._holder: asyncio.Task[Any] | None = None
         self._phase = "idle"  # idle | locking | open | held | committing
         self._scheduled = False
         self._opened_at = 0.0
@@ -170,6 +174,7 @@ class Engine:
     def _prepare(self) -> None:
         writer = self._writer
         writer.set_busy_timeout(10_000)
+        self._check_layout()  # before anything is changed: the file may be another program's
         mode = query(writer, "PRAGMA journal_mode=WAL")[0][0]
         if mode != "wal":
             raise ConfigurationError(
@@ -179,18 +184,20 @@ class Engine:
         for setting in ("synchronous=FULL", "wal_autocheckpoint=4000", "foreign_keys=ON"):
             query(writer, f"PRAGMA {setting}")
         writer.execute("BEGIN IMMEDIATE")
-        (version,) = query(writer, "PRAGMA user_version")[0]
-        if version not in (0, SCHEMA_VERSION):
-            writer.execute("ROLLBACK")
-            raise ConfigurationError(
-                "E205",
-                f"{self.path} has layout {version}, this release reads {SCHEMA_VERSION}",
-                "use the release that wrote it, or another file",
-            )
-        if version == 0:
+        if self._check_layout() == 0:
             writer.execute(_SCHEMA + f"PRAGMA user_version={SCHEMA_VERSION}")
         writer.execute("COMMIT")
         writer.set_busy_timeout(0)
+
+    def _check_layout(self) -> int:
+        (version,) = query(self._writer, "PRAGMA user_version")[0]
+        if version not in (0, SCHEMA_VERSION):
+            raise ConfigurationError(
+                "E205",
+                f"{self.path} has layout {version}, this release reads {SCHEMA_VERSION}",
+                "use the release that wrote it, or another file; a database of another program cannot be shared",
+            )
+        return int(version)
 
     def counter(self, name: str) -> int:
         """Return a counter as last committed.
@@ -236,7 +243,11 @@ class Engine:
     # --- work for the next group ---
 
     def submit(self, party: Party, unit: Unit) -> None:
-        """Commit `unit`, as `party` writes it, with the next group."""
+        """Commit `unit`, as `party` writes it, with the next group.
+
+        Raises: TransactionError E512 in a handler whose own open transaction that group would wait for.
+        """
+        self._check_not_held()
         if self.failure is not None:
             self._loop.call_soon(unit.done, unit, self.failure)
             return
@@ -249,8 +260,9 @@ class Engine:
     async def run(self, function: Callable[[apsw.Connection], T]) -> T:
         """Run `function(connection)` inside the next group; return its result when it is on disk.
 
-        Raises: what `function` raises (its changes are undone), or TransportError.
+        Raises: what `function` raises (its changes are undone), or TransportError; E512 as `submit`.
         """
+        self._check_not_held()
         if self.failure is not None:
             raise self.failure
         job = _Job(function, self._loop.create_future())
@@ -258,11 +270,20 @@ class Engine:
         self._kick()
         return cast("T", await job.future)
 
+    def _check_not_held(self) -> None:
+        if self._phase == "held" and asyncio.current_task() is self._holder:
+            raise TransactionError(
+                "E512",
+                f"a commit to {self.path} from inside a handler's transaction, which has to end first",
+                "publish with ctx.publish(...), or before ctx.transaction()",
+            )
+
     async def acquire(self) -> apsw.Connection:
         """Return the writing connection inside an open transaction, for one handler alone.
 
         What was submitted before is applied first. Give it back with `release`.
         """
+        self._check_not_held()
         if self.failure is not None:
             raise self.failure
         waiter = self._loop.create_future()
@@ -270,7 +291,8 @@ class Engine:
         self._kick()
         await self._wait_turn(waiter)
         self._held_at = self.clock.monotonic()
-        self._writer.execute("SAVEPOINT unit")
+        self._holder = asyncio.current_task()
+        self._writer.execute("SAVEPOINT trunkline_unit")
         return self._writer
 
     async def _wait_turn(self, waiter: asyncio.Future[None]) -> None:
@@ -298,31 +320,49 @@ class Engine:
             )  # fmt: skip
         writer = self._writer
         self._phase = "open"
+        self._holder = None
         if not writer.in_transaction:
-            # The disk was full or failed under a statement of the handler: SQLite undid the whole group by itself.
-            if unit is not None:
-                party.applied.append(unit)
-            error, self._device_error = self._device_error, None
-            self._fail_group(error or apsw.FullError("the transaction was undone under its handler"))
+            self._undone_under_handler(party, unit)
             return
         # Checked here and not at COMMIT, where it would undo the units of others too.
         broken = unit is not None and writer.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]
         if unit is None or broken:
-            writer.execute("ROLLBACK TO unit; RELEASE unit")
+            writer.execute("ROLLBACK TO trunkline_unit; RELEASE trunkline_unit")
             self._proceed()
             if broken:
                 raise apsw.ConstraintError("FOREIGN KEY constraint failed (deferred)")
             return
-        party.applied.append(unit)
-        self._applied += 1
         try:
             for stage in party.stages:
                 stage.apply(writer, (unit,))
-            writer.execute("RELEASE unit")
-        except Exception as error:  # noqa: BLE001 - whatever it is, the group cannot be kept
+            writer.execute("RELEASE trunkline_unit")
+        except _DEVICE_ERRORS as error:
+            party.applied.append(unit)
             self._fail_group(error)
-        else:
+            return
+        except Exception:
+            # Something in it cannot be stored; its neighbours can.
+            writer.execute("ROLLBACK TO trunkline_unit; RELEASE trunkline_unit")
             self._proceed()
+            raise
+        party.applied.append(unit)
+        self._applied += 1
+        self._proceed()
+
+    def _undone_under_handler(self, party: Party, unit: Unit | None) -> None:
+        """SQLite undid the whole group under a statement of a handler: everyone in it is told.
+
+        Raises: apsw.ConstraintError if the statement asked for it (OR ROLLBACK), a failure of this handler alone.
+        """
+        error, self._device_error = self._device_error, None
+        if error is not None:  # the disk was full, or failed
+            if unit is not None:
+                party.applied.append(unit)
+            self._fail_group(error)
+            return
+        self._fail_group(TransportError("E506", "the statement of a handler undid the transaction of others"))
+        if unit is not None:
+            raise apsw.ConstraintError("a statement undid the whole transaction, as OR ROLLBACK does: use OR ABORT")
 
     def statement_failed(self, error: apsw.Error) -> Exception:
         """Return what to raise in the handler whose statement met `error`: the device's failure, or `error` itself."""
@@ -441,26 +481,40 @@ class Engine:
         try:
             for stage in party.stages:
                 stage.apply(writer, units)
-        except DuplicateSignal:
+        except _DEVICE_ERRORS:
+            raise
+        except (DuplicateSignal, Exception):  # noqa: BLE001 - each unit is tried again, alone
             # Rare: find out which one, by applying them one by one.
             writer.execute("ROLLBACK TO units")
+            del party.applied[-len(units) :]
+            self._applied -= len(units)
             for unit in units:
                 self._apply_one(party, unit)
         writer.execute("RELEASE units")
 
     def _apply_one(self, party: Party, unit: Unit) -> None:
+        """Apply a unit by itself: a duplicate leaves only its settlement, one that cannot be written nothing."""
         writer = self._writer
         writer.execute("SAVEPOINT one")
         try:
-            for stage in party.stages:
-                stage.apply(writer, (unit,))
-        except DuplicateSignal:
-            writer.execute("ROLLBACK TO one")
-            unit.duplicate = True
-            unit.staged = ()
-            for stage in party.stages:
-                stage.apply(writer, (unit,))
+            try:
+                for stage in party.stages:
+                    stage.apply(writer, (unit,))
+            except DuplicateSignal:
+                writer.execute("ROLLBACK TO one")
+                unit.duplicate = True
+                unit.staged = ()
+                for stage in party.stages:
+                    stage.apply(writer, (unit,))
+        except _DEVICE_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001 - something in it cannot be stored; its neighbours can
+            writer.execute("ROLLBACK TO one; RELEASE one")
+            self._loop.call_soon(unit.done, unit, error)
+            return
         writer.execute("RELEASE one")
+        party.applied.append(unit)
+        self._applied += 1
 
     def _apply_job(self, job: _Job) -> None:
         writer = self._writer
@@ -610,7 +664,6 @@ class Engine:
             log.warning("%s cannot be read now, again soon: %s", self.path, error)
 
 
-_DEVICE_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError)
 
 
 def _translate(error: BaseException, path: str) -> TransportError:

@@ -24,7 +24,17 @@ attribute, never guessed from text. Read next: message.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
+
+
+def safe_text(value: object) -> str:
+    """Return any object as text that can be stored: what is no text or no UTF-8 is shown, never raised."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except Exception as error:  # noqa: BLE001 - the __str__ of a user's exception may do anything
+        text = f"<{type(value).__name__}, whose text raises {type(error).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class TrunklineError(Exception):
@@ -121,23 +131,32 @@ class RejectError(HandlerSignal):
         reason: why, as the operator will read it in `trunkline dead list`.
     """
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    def __init__(self, reason: object) -> None:
+        self.reason = safe_text(reason)
+        super().__init__(self.reason)
 
 
 class RetryLaterError(HandlerSignal):
-    """Try this message again after `after_s` seconds, whatever the retry policy says."""
+    """Try this message again after `after_s` seconds, whatever the retry policy says.
 
-    def __init__(self, after_s: float, reason: str = "") -> None:
+    Raises: ValueError if `after_s` is not a number of seconds, 0 or more.
+    """
+
+    def __init__(self, after_s: float, reason: object = "") -> None:
+        try:
+            fits = 0 <= after_s < math.inf
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"retry after {after_s!r}: a number of seconds is needed, 0 or more")
         self.after_s = after_s
-        self.reason = reason
-        super().__init__(reason or f"retry after {after_s} s")
+        self.reason = safe_text(reason)
+        super().__init__(self.reason or f"retry after {after_s} s")
 
 
 class DiscardError(HandlerSignal):
     """Drop this message; `reason` is logged and counted."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    def __init__(self, reason: object) -> None:
+        self.reason = safe_text(reason)
+        super().__init__(self.reason)

@@ -20,7 +20,7 @@ import msgspec
 from trunkline.channel import Channel, MessageType, Queue, declared_types, message_type
 from trunkline.clock import Clock
 from trunkline.errors import DefinitionError, PublishError, TransactionError, UnroutableError
-from trunkline.message import Message
+from trunkline.message import Message, checked
 from trunkline.policies.retry import Retry
 from trunkline.store import Store, Transaction, Unit
 from trunkline.transport import Delivery, Staged
@@ -157,7 +157,9 @@ class Context:
         log: a logger that carries the service's name.
     """
 
-    __slots__ = ("_allowed", "_clock", "_ended", "_loop", "_source", "_store", "_unit", "attempt", "log", "message")
+    __slots__ = (
+        "_allowed", "_clock", "_ended", "_loop", "_opening", "_source", "_store", "_unit", "attempt", "log", "message",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -177,6 +179,7 @@ class Context:
         self._source = source
         self._allowed = allowed
         self._ended = False
+        self._opening = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self.message: Message = message  # type: ignore[assignment]  # handlers need no check for None
         self.attempt = attempt
@@ -232,11 +235,16 @@ class Context:
         unit = self._unit
         self._check_open()
         if unit.transaction is None:
-            await self._store.transaction(unit)
-            if self._ended:  # the handler's time ran out while a thread of it waited here
-                await self._store.rollback(unit)
-                self._check_open()
+            async with self._opening:  # a second task of the handler waits for the first one's
+                await self._open_transaction()
         return typing.cast("Transaction", unit.transaction)
+
+    async def _open_transaction(self) -> None:
+        if self._unit.transaction is None:
+            await self._store.transaction(self._unit)
+            if self._ended:  # the handler's time ran out while a thread of it waited here
+                await self._store.rollback(self._unit)
+                self._check_open()
 
     def _end(self) -> None:
         """Refuse everything from now on: the handler has returned, failed or run out of time."""
@@ -290,6 +298,8 @@ def make_message(
     Raises: UnroutableError E303, PayloadError E301 or E302, PublishError E307 for a wrong attribute.
     """
     declared = declared_types.get(payload.__class__)
+    if to is not None or key is not None:
+        _check_target(to, key)
     if declared is None:
         return _undeclared(payload, to)
     if key is None and declared.key_of is not None:
@@ -310,6 +320,20 @@ def make_message(
     return Staged(to or declared.channel, message, None, True)  # noqa: FBT003 - positional for speed
 
 
+def _check_target(to: Any, key: Any) -> None:
+    if to is not None and not isinstance(to, Channel):
+        raise UnroutableError("E303", f"to={to!r} is no channel", "give the Queue, Topic or Stream itself")
+    if key is not None and not _is_text(key):
+        raise PublishError("E307", f"key={key!r}", "a key is text; convert it with str(...)")
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
 def _undeclared(payload: Any, to: Channel | None) -> Staged:
     if not isinstance(payload, Message):
         raise UnroutableError(
@@ -319,7 +343,7 @@ def _undeclared(payload: Any, to: Channel | None) -> Staged:
         )
     if to is None:
         raise UnroutableError("E303", "a Message has no home channel", "say to=channel")
-    return Staged(to, payload)
+    return Staged(to, checked(payload))
 
 
 _SETTABLE = frozenset(
@@ -349,16 +373,18 @@ def _with_attributes(message: Message, attributes: dict[str, Any]) -> Message:
     expiry = attributes.get("expirytime")
     if isinstance(expiry, datetime | timedelta):
         attributes["expirytime"] = due_time(expiry, message.time)
-    return msgspec.structs.replace(message, **attributes)
+    return checked(msgspec.structs.replace(message, **attributes))
 
 
 def due_time(at: datetime | timedelta, now: float) -> float:
     """Return a time or a wait as seconds since the epoch.
 
-    Raises: PublishError E306 for a time without zone.
+    Raises: PublishError E306 for a time without zone, or what is neither.
     """
     if isinstance(at, timedelta):
         return now + at.total_seconds()
+    if not isinstance(at, datetime):
+        raise PublishError("E306", f"{at!r} is no time", "use datetime(..., tzinfo=UTC) or timedelta(seconds=...)")
     if at.tzinfo is None:
         raise PublishError("E306", f"{at!r} has no time zone", "use datetime(..., tzinfo=UTC)")
     return at.timestamp()

@@ -7,13 +7,14 @@ Never does: payload typing (codec.py). Read next: channel.py.
 from __future__ import annotations
 
 import base64
+import re
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
-from trunkline.errors import DecodeError
+from trunkline.errors import DecodeError, PublishError
 
 JSON = "application/json"
 MAX_HEADER_BYTES = 64 * 1024
@@ -85,6 +86,25 @@ pack = msgspec.msgpack.Encoder().encode
 
 unpack = msgspec.msgpack.Decoder(Message).decode
 """Read `pack` back. Raises msgspec.DecodeError for anything else."""
+
+
+def checked(message: Message) -> Message:
+    """Return `message` if its attributes have their types, so that it can be stored and read again.
+
+    Raises: PublishError E307 if one has not.
+    """
+    try:
+        if not message.id:
+            raise ValueError("id is empty")  # noqa: TRY301 - one refusal for all of them
+        unpack(pack(message))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        wrong = _PLACE.sub(lambda found: f"attribute {Message.__struct_fields__[int(found[1])]}", str(error))
+        raise PublishError("E307", f"this cannot be in an envelope: {wrong}", _TYPES) from error
+    return message
+
+
+_PLACE = re.compile(r"at `\$\[(\d+)\][^`]*`")
+_TYPES = "attributes are text, priority and schemaversion whole numbers, time and expirytime seconds since the epoch"
 
 
 def format_time(seconds: float) -> str:

@@ -83,6 +83,7 @@ class Parking:
         self.keys.update(keys)
         self._total = sum(keys.values())
         self._check_room()
+        self._changed.set()
 
     def settled(self, delivery: Delivery, outcome: Outcome) -> None:
         """Note what became of a delivery; called when its unit is submitted, so in commit order."""
@@ -111,9 +112,11 @@ class Parking:
         """Note that what became of a delivery is on disk: the next of its key may run."""
         if delivery.partition < 0 or delivery.key is None:
             self._changed.set()
-        elif delivery.row != LIVE or delivery.key in self.keys:
+        elif delivery.row != LIVE:
             self._running.discard(delivery.key)
             self._changed.set()
+        elif delivery.key in self.keys:
+            self._changed.set()  # parked just now: when its time comes is to be looked up
 
     def _check_room(self) -> None:
         if self._total >= self._limit:

@@ -125,7 +125,10 @@ class Transport(Protocol):
         """
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
-        """Return 1 to `limit` deliveries; wait while there are none."""
+        """Return 1 to `limit` deliveries; wait while there are none.
+
+        Returns none at once after `assignment` has changed, so that what is parked for new partitions is looked at.
+        """
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Confirm that `deliveries` need not come again."""

@@ -17,6 +17,7 @@ from trunkline.errors import (
     RejectError,
     RetryLaterError,
     TrunklineError,
+    safe_text,
 )
 from trunkline.outcome import DeadLetter, Discard, Outcome, RetryLater, RetryNow
 
@@ -86,11 +87,11 @@ class Retry(msgspec.Struct, frozen=True):
 
 def describe(error: BaseException) -> str:
     """Return an error as one line."""
-    text = str(error).strip().splitlines()
+    text = safe_text(error).strip().splitlines()
     name = type(error).__name__
     return f"{name}: {text[0][:300]}" if text else name
 
 
 def detail(error: BaseException) -> str:
     """Return the traceback of an error, the last 16 KiB of it."""
-    return "".join(traceback.format_exception(error))[-16_384:]
+    return safe_text("".join(traceback.format_exception(error)))[-16_384:]

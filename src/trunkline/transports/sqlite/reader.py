@@ -39,6 +39,7 @@ class Reader:
         self.behind = True
         self.draining = False
         self.assignment = 0
+        self._told = 0
         self._waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -57,8 +58,11 @@ class Reader:
             self.wake()
 
     async def receive(self, limit: int) -> list[Delivery]:
-        """Return 1 to `limit` deliveries."""
+        """Return 1 to `limit` deliveries, or none when other partitions are read here than before."""
         while True:
+            if self._told != self.assignment:
+                self._told = self.assignment
+                return []
             if not self.draining:
                 if self.behind and not self.buffer and self.held < BUFFER:
                     self.behind = False
@@ -143,9 +147,10 @@ class Partition:
         done: of these, the settled ones.
         read: up to where it was handed out.
         suspects: how many of the next messages may have been in a handler when a process died.
+        last_suspect: position of the last one that was handed out.
     """
 
-    __slots__ = ("done", "number", "pending", "read", "subscription_number", "suspects")
+    __slots__ = ("done", "last_suspect", "number", "pending", "read", "subscription_number", "suspects")
 
     def __init__(self, subscription_number: int, number: int, position: int, suspects: int) -> None:
         self.subscription_number = subscription_number
@@ -154,6 +159,11 @@ class Partition:
         self.done: set[int] = set()
         self.read = position
         self.suspects = suspects
+        self.last_suspect = -1
+
+    def has_suspects(self) -> bool:
+        """Return whether suspects are still to come or not yet passed: whoever reads on must know."""
+        return self.suspects > 0 or (bool(self.pending) and self.pending[0] <= self.last_suspect)
 
 
 class StreamReader(Reader):
@@ -185,6 +195,7 @@ class StreamReader(Reader):
         state.pending.append(delivery.position)
         if state.suspects and not delivery.fresh:
             state.suspects -= 1
+            state.last_suspect = delivery.position
             delivery.suspect = True
         self.held += 1
         self.buffer.append(delivery)
@@ -224,7 +235,7 @@ class StreamReader(Reader):
         """Return whether partitions are to be taken or given up."""
         members = self._read_members(self.transport.engine.reader)
         target = self._target(members)
-        return self.transport.engine.process not in members or target != set(self.partitions)
+        return self.transport.engine.process not in members or target != set(self.partitions) or bool(self.leaving)
 
     def rebalance(self, connection: apsw.Connection) -> tuple[list[tuple[int, int, int]], list[int], set[int]]:
         """Take free partitions of our share, give up those of others that are finished."""
@@ -237,7 +248,7 @@ class StreamReader(Reader):
         for number in released:
             connection.execute(
                 "UPDATE trunkline_partition SET owner = NULL, suspect = ? WHERE subscription = ? AND partition = ?",
-                (self.partitions[number].suspects > 0, self.number, number),
+                (self.partitions[number].has_suspects(), self.number, number),
             )
         acquired = []
         for number in target - set(self.partitions):
@@ -259,11 +270,24 @@ class StreamReader(Reader):
         """Note what was committed."""
         for number in released:
             del self.partitions[number]
+        staying = self.leaving - leaving
         self.leaving = leaving - set(released)
+        for number in staying:
+            # It was to leave and now does not: meanwhile its messages were passed over.
+            self._scan = min(self._scan, self.partitions[number].read)
         for number, position, suspect in acquired:
             self.partitions[number] = Partition(self.number, number, position, BUFFER if suspect else 0)
             self._scan = min(self._scan, position)
-        if acquired or released:
+        if acquired or released or staying:
             self.assignment += 1
             self.behind = True
             self.wake()
+
+    def mark_suspects(self, connection: apsw.Connection) -> None:
+        """Tell whoever reads on where suspects are still to be handled."""
+        for state in self.partitions.values():
+            if state.has_suspects():
+                connection.execute(
+                    "UPDATE trunkline_partition SET suspect = 1 WHERE subscription = ? AND partition = ?",
+                    (self.number, state.number),
+                )

@@ -236,18 +236,34 @@ class SqliteTransport:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        process = self.engine.process
         if self.engine.failure is None:
-            await self.engine.run(lambda connection: give_back(connection, process, suspect=False))
+            await self.engine.run(self._give_back)
         self.engine.labels -= self._labels
         if self in self.engine.stages:
             self.engine.remove_stage(self)
         await close_engine(self.engine)
 
+    def _give_back(self, connection: apsw.Connection) -> None:
+        for reader in self._readers.values():
+            if isinstance(reader, StreamReader):
+                reader.mark_suspects(connection)
+        give_back(connection, self.engine.process, suspect=False)
+
     # --- stage of the engine's group ---
 
     def apply(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
-        """Write the messages that `units` send and remove those that they settle."""
+        """Write the messages that `units` send and remove those that they settle; leave no trace if that fails."""
+        noted = self._marks()
+        try:
+            self._write(connection, units)
+        except BaseException:
+            self._take_back(*noted)
+            raise
+
+    def _marks(self) -> tuple[int, int, int, int]:
+        return len(self._fresh), len(self._noted), len(self._advanced), len(self._new_routes)
+
+    def _write(self, connection: apsw.Connection, units: Sequence[Unit]) -> None:
         if self._stale or self.engine.places_for is not self:
             self._read_positions(connection)
         self._now = int(self.clock.now())
@@ -369,24 +385,28 @@ class SqliteTransport:
 
     def aborted(self) -> None:
         """Take back what `apply` noted: the group was undone."""
+        self._take_back(0, 0, 0, 0)
+
+    def _take_back(self, fresh: int, noted: int, advanced: int, routes: int) -> None:
+        """Forget what was noted after those marks."""
         self._stale = True
-        for name in self._new_routes:
+        for name in self._new_routes[routes:]:
             self._routes.pop(name, None)  # its number was undone with it
-        self._new_routes.clear()
-        for reader, _ in self._fresh:
+        del self._new_routes[routes:]
+        for reader, _ in self._fresh[fresh:]:
             if isinstance(reader, QueueReader):
                 reader.held -= 1
-        self._fresh.clear()
+        del self._fresh[fresh:]
         for kept in self._readers.values():
             if isinstance(kept, QueueReader):
                 kept.look_again()
-        for state, passed in reversed(self._advanced):
+        for state, passed in reversed(self._advanced[advanced:]):
             state.pending.extendleft(reversed(passed))
             state.done.update(passed)
-        self._advanced.clear()
-        for state, position in self._noted:
+        del self._advanced[advanced:]
+        for state, position in self._noted[noted:]:
             state.done.discard(position)
-        self._noted.clear()
+        del self._noted[noted:]
 
     def foreign_change(self) -> None:
         """Another process committed: there may be messages, subscriptions, members."""
