@@ -21,11 +21,12 @@ from trunkline.channel import Channel, Queue, message_type, message_types
 from trunkline.clock import Clock, offload, system_clock
 from trunkline.consumer import Consumer
 from trunkline.delivery import Deliverer, compile_routes
-from trunkline.errors import ConfigurationError, DefinitionError, TransportError
+from trunkline.errors import ConfigurationError, DefinitionError, TransportError, TrunklineError
 from trunkline.handler import Context, Handler, due_time, make_message
 from trunkline.hooks import Hooks
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
+from trunkline.policies.retry import describe
 from trunkline.service import Service, System
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, resolve
 from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
@@ -70,7 +71,8 @@ class App:
         self.store: Store = load_adapter("trunkline.stores", self.store_url, clock)
         self._consumers: list[Consumer] = []
         self._backgrounds: list[asyncio.Task[None]] = []
-        self._relay: asyncio.Task[None] | None = None
+        self._relay: Relay
+        self._relaying: asyncio.Task[None] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] | None = None
         self._resources = contextlib.AsyncExitStack()
@@ -126,9 +128,9 @@ class App:
         alone = asyncio.Lock()
         for service, subscription, handlers in plans:
             self._consumers.append(self._consumer(service, subscription, handlers, shared=shared, alone=alone))
-        relay = Relay(self.store, self.transport, channels, self.clock)
-        self._relay = asyncio.create_task(relay.work())
-        self._relay.add_done_callback(self._task_ended)
+        self._relay = Relay(self.store, self.transport, channels, self.clock)
+        self._relaying = asyncio.create_task(self._relay.work())
+        self._relaying.add_done_callback(self._task_ended)
         self._tidying = asyncio.create_task(self._tidy())
         self._tidying.add_done_callback(self._task_ended)
         for service in self.system.services:
@@ -197,14 +199,24 @@ class App:
         for consumer in self._consumers:
             await consumer.stop()
         self._consumers.clear()
-        for worker in (self._relay, self._tidying):
+        for worker in (self._relaying, self._tidying):
             if worker is not None:
                 worker.cancel()
                 await asyncio.gather(worker, return_exceptions=True)
-        self._relay = self._tidying = None
+        if self._relaying is not None:
+            await self._flush()
+        self._relaying = self._tidying = None
         await self._resources.aclose()
         await self.store.stop()
         await self.transport.stop()
+
+    async def _flush(self) -> None:
+        """Send what the last units staged; what cannot be sent now waits in the outbox for the next process."""
+        try:
+            async with asyncio.timeout(self._grace_s):
+                await self._relay.flush()
+        except (TimeoutError, TrunklineError) as error:
+            log.warning("the outbox is not empty at stop, the next process sends it: %s", describe(error))
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT; a second signal stops at once.

@@ -252,7 +252,11 @@ class Consumer:
     def _run(self, deliveries: Sequence[Delivery]) -> None:
         if not deliveries:
             return
-        if self._batch:
+        if self._draining:
+            # What waited before these was forgotten, so they must not run either: they all come again, in order.
+            self._under_way -= len(deliveries)
+            self._give_room()
+        elif self._batch:
             self._gathered += deliveries
             self._batches_idle.clear()
             self._gathering.set()

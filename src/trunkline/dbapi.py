@@ -29,7 +29,11 @@ _INSTEAD = (
     "the unit commits when the handler returns and is undone when it raises; SAVEPOINT is allowed, and everything on"
     " tables of your own"
 )
-_ENDS = re.compile(r"\s*(BEGIN|COMMIT|END|ROLLBACK(?!\s+(TRANSACTION\s+)?TO\b))\b", re.IGNORECASE)
+_ENDS = re.compile(
+    r"\s*(BEGIN\b|COMMIT\b|END\b|ROLLBACK\b(?!\s+(TRANSACTION\s+)?TO\b)|(RELEASE|ROLLBACK)\b.*\btrunkline_)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Statements that the engine has prepared itself, so that the Guard would not be asked about them."""
 
 
 class Error(Exception):

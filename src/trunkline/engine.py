@@ -327,8 +327,7 @@ class Engine:
         # Checked here and not at COMMIT, where it would undo the units of others too.
         broken = unit is not None and writer.status(apsw.SQLITE_DBSTATUS_DEFERRED_FKS)[0]
         if unit is None or broken:
-            writer.execute("ROLLBACK TO trunkline_unit; RELEASE trunkline_unit")
-            self._proceed()
+            self._undo_unit()
             if broken:
                 raise apsw.ConstraintError("FOREIGN KEY constraint failed (deferred)")
             return
@@ -342,12 +341,20 @@ class Engine:
             return
         except Exception:
             # Something in it cannot be stored; its neighbours can.
-            writer.execute("ROLLBACK TO trunkline_unit; RELEASE trunkline_unit")
-            self._proceed()
+            self._undo_unit()
             raise
         party.applied.append(unit)
         self._applied += 1
         self._proceed()
+
+    def _undo_unit(self) -> None:
+        """Undo what the handler wrote and go on with the group; without its savepoint the whole group is undone."""
+        try:
+            self._writer.execute("ROLLBACK TO trunkline_unit; RELEASE trunkline_unit")
+        except apsw.Error as error:
+            self._fail_group(error)
+        else:
+            self._proceed()
 
     def _undone_under_handler(self, party: Party, unit: Unit | None) -> None:
         """SQLite undid the whole group under a statement of a handler: everyone in it is told.

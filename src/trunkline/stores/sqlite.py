@@ -98,7 +98,10 @@ class SqliteStore:
         return self._same
 
     async def stop(self) -> None:
-        """Close; see Store."""
+        """Give back what was taken and close; see Store."""
+        if self.engine.failure is None:
+            process = self.engine.process
+            await self.engine.run(lambda connection: self.release(connection, process))
         self.engine.remove_stage(self)
         await close_engine(self.engine)
 
@@ -225,7 +228,7 @@ class SqliteStore:
             self._notify_staged()
 
     def release(self, connection: apsw.Connection, process: int) -> None:
-        """Give back the parked messages that a dead process had taken."""
+        """Give back the parked and staged messages that a process had taken."""
         count_up(connection, "treated")
         count_up(connection, "staged")
         for table in self.owned:
