@@ -564,7 +564,7 @@ async def test_the_page_needs_nothing_from_elsewhere(client):
 
 
 def test_a_service_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path):
-    child = Child("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "broken.log")
+    child = Child("broken", ["examples.shop.no_such_service"], tmp_path / "broken.log")
     child.start(os.environ)
     assert child.ended() == 1
-    assert "no such thing" in child.last_words()
+    assert "no_such_service" in child.last_words()
