@@ -201,8 +201,8 @@ class Processes:
             for child in started:
                 child.ended()
 
-    def start_standins(self) -> None:
-        """Start the stand-ins; they listen when this returns.
+    def start_standins(self) -> dict[str, str]:
+        """Start the stand-ins; they listen when this returns. Returns their addresses, by the clients' settings.
 
         Raises: DemoError.
         """
@@ -213,6 +213,7 @@ class Processes:
         said = json.loads(line)
         said.pop("ledgers")
         self._environment |= said
+        return dict(said)
 
     def start(self, *names: str) -> None:
         """Start services; all if none is named."""

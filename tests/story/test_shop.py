@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -23,9 +24,11 @@ from rich.console import Console
 
 from examples.shop import audit as auditing
 from examples.shop.audit import PLACED, audit, read
+from examples.shop.contracts import OrderCreated
 from examples.shop.demo import Book, Figures
 from examples.shop.order import NewOrder, order
-from examples.shop.orders import GOOD_CARD, SOLD_OUT, Purchase, read_purchases
+from examples.shop.orders import CARDS, GOOD_CARD, SOLD_OUT, STOCK, Purchase, read_purchases
+from examples.shop.payment import payment
 from examples.shop.processes import DATABASE, ROOT, Child, Processes
 from trunkline import App
 
@@ -502,6 +505,8 @@ async def test_an_id_that_is_taken_by_another_order_is_refused(client, tmp_path)
         {"amount_cents": 49},
         {"amount_cents": 10.5},
         {"card": "4242424242424242"},
+        {"card": "pm_card_mastercard"},
+        {"sku": "cd-99"},
         {"email": "nobody"},
         {"email": "a@example.com\nBcc: b@example.com"},
         {"phone": "555"},
@@ -515,6 +520,18 @@ async def test_an_order_that_cannot_be_is_refused(client, tmp_path, change):
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]
     assert rows(tmp_path, "SELECT count(*) FROM shop_order") == [(0,)]
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("sku", [*STOCK]), ("card", [*CARDS])])
+async def test_what_is_not_sold_and_what_cannot_be_paid_with_is_told_with_what_is_allowed(client, name, allowed):
+    answer = await client.post("/orders", json=msgspec.to_builtins(new_order()) | {name: "xx-99"})
+    assert answer.status_code == 422
+    assert answer.json()["error"] == f"{name} is 'xx-99'; allowed: {', '.join(allowed)}"
+
+
+async def test_the_page_offers_what_can_be_ordered(client):
+    page = (await client.get("/")).text
+    assert re.findall(r'<option value="([^"]*)"', page) == [*STOCK, *CARDS]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"order_id":' + b"[" * 4000])
@@ -558,6 +575,22 @@ async def test_the_page_needs_nothing_from_elsewhere(client):
     links = [word for word in page.text.split('"') if word.startswith(("http:", "https:", "//"))]
     assert not links
     assert SOLD_OUT in page.text
+
+
+# --- the payment service alone ---
+
+
+async def test_a_card_that_stripe_does_not_know_is_a_refused_payment(tmp_path, monkeypatch):
+    with Processes(tmp_path) as shop:
+        monkeypatch.setenv("STRIPE_API_KEY", "sk_test_story")
+        monkeypatch.setenv("STRIPE_API_BASE", shop.start_standins()["STRIPE_API_BASE"])
+        async with App(payment, f"sqlite:///{tmp_path / DATABASE}") as app:
+            await app.publish(OrderCreated("o-1", "cd-01", 1, 1499, "pm_card_none"))
+            async with asyncio.timeout(30):
+                while not (refused := rows(tmp_path, "SELECT status, charge_id, decline_code FROM payment")):
+                    await asyncio.sleep(0.01)
+            assert refused == [("refused", None, "resource_missing")]
+            assert rows(tmp_path, "SELECT count(*) FROM trunkline_parked") == [(0,)]
 
 
 # --- processes ---
