@@ -381,6 +381,12 @@ def main(arguments: list[str]) -> int:
 
 def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
     purchases = list(read_purchases(options.orders))
+    if len(purchases) < options.orders:
+        console.print(
+            f"{options.orders:,} orders were asked for; the data holds {len(purchases):,}, and these are run.",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"[bold]The shop[/]: {len(purchases):,} real orders through four services, each its own process,"
         f" on one SQLite file.\nPage: {shop.url}   Files: {_short(shop.folder)}",

@@ -163,18 +163,24 @@ def until(look, wanted, limit_s=30):
     return found
 
 
-def test_all_four_services_also_run_in_one_process(tmp_path):
-    purchases = list(read_purchases(20))
-    with Processes(tmp_path, ["system"]) as shop:
+FREE_ORDER = next(purchase for purchase in read_purchases() if not purchase.amount_cents)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all services in one process: twenty orders and one of $0.00."""
+    folder = tmp_path_factory.mktemp("system")
+    purchases = [*read_purchases(20), FREE_ORDER]
+    with Processes(folder, ["system"]) as shop:
         shop.start_standins()
         shop.start()
         answered(shop.url)
         with httpx.Client(base_url=shop.url, trust_env=False) as client:
             for purchase in purchases:
                 assert client.post("/orders", json=msgspec.to_builtins(of(purchase))).status_code == 201
-        (tmp_path / PLACED).write_text("".join(f"{purchase.order_id}\n" for purchase in purchases))
-        figures = Figures(wanted=20, placed=20)
-        book = Book(tmp_path / DATABASE)
+        (folder / PLACED).write_text("".join(f"{purchase.order_id}\n" for purchase in purchases))
+        figures = Figures(wanted=len(purchases), placed=len(purchases))
+        book = Book(folder / DATABASE)
 
         def all_done() -> bool:
             book.read(figures)
@@ -185,8 +191,46 @@ def test_all_four_services_also_run_in_one_process(tmp_path):
         finally:
             book.close()
         shop.stop()
-    holds, printed = audited(tmp_path)
+    return folder
+
+
+def test_all_four_services_also_run_in_one_process(one_process):
+    holds, printed = audited(one_process)
     assert holds, printed
+
+
+def test_an_order_of_nothing_is_counted_where_orders_and_charges_differ(one_process):
+    _, printed = audited(one_process)
+    assert re.search(r"orders of \$0\.00, nothing to charge +1 +1 ", printed)
+    sums = [line for line in printed.splitlines() if " = " in line]
+    assert len(sums) == 4
+    for line in sums:
+        whole, _, parts = line.partition(" = ")
+        assert int(whole.split()[0]) == sum(int(part.split()[0]) for part in parts.split(" + ")), line
+    assert any(line.startswith("21 orders = ") and line.endswith(" + 1 of $0.00") for line in sums)
+
+
+def test_the_audit_reports_a_charge_for_an_order_of_nothing(one_process, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(one_process, copy)
+    with closing(sqlite3.connect(copy / "stripe-ledger.db", isolation_level=None)) as ledger:
+        ledger.execute(f"UPDATE charge SET order_id = '{FREE_ORDER.order_id}' WHERE number = {ONE_CHARGE}")
+    holds, printed = audited(copy)
+    assert not holds
+    assert f"✗ orders of $0.00, nothing to charge: missing: {FREE_ORDER.order_id}" in printed
+
+
+def test_more_orders_than_the_data_holds_are_said_to_be_fewer(tmp_path):
+    everything = sum(1 for _ in read_purchases())
+    command = [sys.executable, "-m", "examples.shop.demo", "--orders", "100000", "--folder", str(tmp_path / "demo")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            first = process.stdout.readline()
+        finally:
+            process.terminate()
+            process.stdout.read()
+    assert first == f"100,000 orders were asked for; the data holds {everything:,}, and these are run.\n"
 
 
 def of(purchase: Purchase) -> NewOrder:
