@@ -34,6 +34,7 @@ PLACED = "placed.txt"
 DATABASE = "shop.db"
 FROM_THE_PAGE = "web-"
 """Orders of the page are not in the data; what they have to become follows from the order itself."""
+FREE = "orders of $0.00, nothing to charge"
 SHOWN_WRONGS = 4
 
 CONFIRMED: Ending = "confirmed"
@@ -229,11 +230,18 @@ def _money(seen: Evidence) -> list[Check]:
     return [
         _same("charges captured, one per order", charged, [(row[0], dollars(row[1])) for row in captured]),
         _same("charges refused, one per order", refused, [row[0] for row in seen.charges if row[2] == "declined"]),
+        _same(FREE, [p.order_id for p in seen.wanted.values() if not p.amount_cents], _without_charge(seen)),
         _same("refunds of the full amount", back, [(row[0], dollars(row[1])) for row in seen.refunds]),
         _same("orders with money kept", good, kept),
         total,
         _books(seen),
     ]
+
+
+def _without_charge(seen: Evidence) -> list[str]:
+    """Orders that Stripe was never asked about, and that nobody has to pay for."""
+    asked = {row[0] for row in seen.charges}
+    return [name for name, row in seen.orders.items() if name not in asked and not row[4]]
 
 
 def _books(seen: Evidence) -> Check:
@@ -320,6 +328,29 @@ def dollars(cents: int) -> str:
     return f"{'-' if cents < 0 else ''}${abs(cents) // 100:,}.{abs(cents) % 100:02d}"
 
 
+def sums(seen: Evidence) -> list[str]:
+    """Return how the counts that were found go together.
+
+    They differ by the orders of $0.00: Stripe is not asked about these.
+    """
+    status = Counter(row[2] for row in seen.charges)
+    ended = Counter(row[9] or row[8] for row in seen.orders.values())
+    free = [seen.orders[name] for name in _without_charge(seen)]
+    sold_free = sum(row[8] == "confirmed" for row in free)
+    captured, refunded = status["succeeded"], len(seen.refunds)
+    orders, kept = (len(seen.orders), "orders"), (captured - refunded, "with money kept")
+    return [
+        _sum(orders, (ended[CONFIRMED], CONFIRMED), (ended[REFUSED], REFUSED), (ended[SOLD_OUT], SOLD_OUT)),
+        _sum(orders, (captured, "charges captured"), (status["declined"], "refused"), (len(free), "of $0.00")),
+        _sum((captured, "charges captured"), kept, (refunded, "refunded")),
+        _sum((ended[CONFIRMED], CONFIRMED), kept, (sold_free, "of $0.00")),
+    ]
+
+
+def _sum(whole: tuple[int, str], *parts: tuple[int, str]) -> str:
+    return f"{_n(whole[0])} {whole[1]} = " + " + ".join(f"{_n(count)} {what}" for count, what in parts)
+
+
 # --- showing ---
 
 
@@ -350,6 +381,8 @@ def audit(folder: Path, console: Console) -> bool:
         highlight=False,
     )
     failed = [check for check in done if check.wrong]
+    for line in () if failed else sums(seen):
+        console.print(line, soft_wrap=True, highlight=False)
     if failed:
         console.print(
             f"[bold red]The audit failed:[/] {len(failed)} of {len(done)} checks do not hold.", highlight=False

@@ -70,7 +70,7 @@ class PaymentFailed(Struct):
     """The card was refused; no money has moved.
 
     Attributes:
-        code: the issuer's, such as `insufficient_funds`.
+        code: the issuer's, such as `insufficient_funds`, or `resource_missing` for a card that nobody knows.
     """
 
     order_id: str

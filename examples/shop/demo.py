@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import os
-import shutil
 import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from examples.shop.audit import PLACED, AuditError, audit
+from examples.shop.folder import claimed
 from examples.shop.order import NewOrder
 from examples.shop.orders import Purchase, read_purchases
 from examples.shop.processes import DATABASE, ROOT, DemoError, Processes
@@ -367,10 +366,10 @@ def main(arguments: list[str]) -> int:
     """Run the demo; return the exit code."""
     options = _options(arguments)
     console = Console()
-    # As Ctrl-C: what was started is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # As Ctrl-C: what was started is stopped. Not by raising SIGINT, which is ignored in a background job.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _folder(options.folder), Processes(options.folder) as shop:
+        with claimed(options.folder) as lock, Processes(options.folder, lock=lock) as shop:
             return _run(shop, options, console)
     except* (DemoError, AuditError, apsw.Error, sqlite3.Error) as errors:
         for error in _leaves(errors):
@@ -382,6 +381,12 @@ def main(arguments: list[str]) -> int:
 
 def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
     purchases = list(read_purchases(options.orders))
+    if len(purchases) < options.orders:
+        console.print(
+            f"{options.orders:,} orders were asked for; the data holds {len(purchases):,}, and these are run.",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"[bold]The shop[/]: {len(purchases):,} real orders through four services, each its own process,"
         f" on one SQLite file.\nPage: {shop.url}   Files: {_short(shop.folder)}",
@@ -389,7 +394,10 @@ def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
         soft_wrap=True,
     )
     demo = Demo(shop, purchases, console)
-    asyncio.run(demo.run())
+    try:
+        asyncio.run(_until_terminated(demo.run()))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     shop.stop()
     console.print(
         f"{demo.figures.ended:,} orders ended in {demo.took_s:.1f} s, {demo.rate:.0f} per second,"
@@ -404,6 +412,17 @@ def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
         _until_interrupted(shop)
         shop.stop()
     return 0 if holds else 1
+
+
+async def _until_terminated(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`; SIGTERM cancels it, as Ctrl-C does: an interrupt amid any line of any task would break the loop."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None  # noqa: S101 - for the type checker
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        await work
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _until_interrupted(shop: Processes) -> None:
@@ -432,26 +451,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--orders is {options.orders}; allowed: 1 and more")
     options.folder = options.folder.resolve()
     return options
-
-
-@contextmanager
-def _folder(folder: Path) -> Iterator[None]:
-    """Make the folder empty, and ours alone.
-
-    Raises: DemoError if it holds other things, or another demo runs in it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DemoError(f"another demo runs in {folder}; stop it, or name another folder") from error
-        if folder.exists() and any(folder.iterdir()) and not (folder / PLACED).exists():
-            raise DemoError(f"{folder} holds other things than a demo's; name an empty folder")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        (folder / PLACED).touch()
-        yield
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -24,6 +24,8 @@ DATA = Path(__file__).parent / "data" / "cdnow_sample.txt"
 GOOD_CARD = "pm_card_visa"
 DECLINED_CARD = "pm_card_chargeDeclined"
 EMPTY_CARD = "pm_card_chargeDeclinedInsufficientFunds"
+CARDS = (GOOD_CARD, DECLINED_CARD, EMPTY_CARD)
+"""What can be paid with: how an order with one of them has to end is known to the audit."""
 
 SOLD_OUT = "cd-sold-out"
 UNITS_PER_ITEM = 1_000_000

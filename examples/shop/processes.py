@@ -1,7 +1,7 @@
 """The shop's processes as the demo sees them: start, kill -9, start again, stop.
 
-Invariant: whatever was started here has ended when `Processes` is closed.
-Read next: demo.py.
+Invariant: whatever was started here has ended when `Processes` is closed, and ends too when this process dies.
+Read next: tether.py, demo.py.
 """
 
 from __future__ import annotations
@@ -40,6 +40,23 @@ class DemoError(Exception):
     """The demo cannot go on; the text says why and where to look."""
 
 
+class Lock:
+    """An open, locked file that every child inherits: it stays locked until the last of them has ended.
+
+    Attributes:
+        descriptor: of the file.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self.descriptor = file.fileno()
+        self._file = file
+
+    def note(self, name: str, pid: int) -> None:
+        """Write down who has it, for whoever finds it locked."""
+        self._file.write(f"{name} {pid}\n")
+        self._file.flush()
+
+
 class Child:
     """One process that may be started several times.
 
@@ -48,12 +65,21 @@ class Child:
         kills: how often it was killed with SIGKILL.
     """
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+    def __init__(self, name: str, module: list[str], log: Path, lock: Lock | None = None) -> None:
+        """Take what runs, without starting it.
+
+        Args:
+            name: for people.
+            module: name and arguments, as after `python -m`.
+            log: what it prints; appended to.
+            lock: what it holds as long as it lives.
+        """
         self.name = name
         self.starts = 0
         self.kills = 0
-        self._command = command
+        self._command = [sys.executable, "-m", "examples.shop.tether", *module]
         self._log = log
+        self._lock = lock
         self._process: subprocess.Popen[str] | None = None
         self._log_start = 0
 
@@ -83,13 +109,17 @@ class Child:
                 self._command,
                 cwd=ROOT,
                 env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
+                # Its other end closes when this process dies, whatever the cause.
+                stdin=subprocess.PIPE,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
                 text=True,
+                pass_fds=(self._lock.descriptor,) if self._lock else (),
                 # Ctrl-C is for the demo, which then stops the services in its own order.
                 start_new_session=True,
             )
+        if self._lock:
+            self._lock.note(self.name, self._process.pid)
         return self._process.stdout
 
     def kill(self) -> None:
@@ -98,6 +128,7 @@ class Child:
         self.kills += 1
         self._process.kill()
         self._process.wait()
+        self._close()
 
     def terminate(self) -> None:
         """Ask it to stop."""
@@ -112,10 +143,15 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._close()
         self._process = None
         return code
+
+    def _close(self) -> None:
+        assert self._process is not None  # noqa: S101 - only what has ended is closed
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     @property
     def was_started(self) -> bool:
@@ -130,23 +166,26 @@ class Child:
 class Processes:
     """The stand-ins in one process and each service in its own, on one database file in `folder`.
 
+    Args:
+        lock: what each of them holds as long as it lives.
+
     Attributes:
         url: of the page.
         services: by name; `system` is all of them in one process.
     """
 
-    def __init__(self, folder: Path, services: Sequence[str] = SERVICES) -> None:
+    def __init__(self, folder: Path, services: Sequence[str] = SERVICES, lock: Lock | None = None) -> None:
         port = _free_port()
         self.folder = folder
         self.url = f"http://127.0.0.1:{port}"
         self._environment = {**_CREDENTIALS, "SHOP_PORT": str(port)}
-        standins = [sys.executable, "-m", "examples.shop.standins", "--directory", str(folder)]
+        standins = ["examples.shop.standins", "--directory", str(folder)]
         # As long as a fast card network takes: a kill -9 then meets charges that are under way.
-        self.standins = Child("stand-ins", [*standins, "--authorisation-seconds", "0.05"], folder / "standins.log")
-        transport = f"sqlite:///{folder / DATABASE}"
-        run = [sys.executable, "-m", "trunkline.cli", "run", "--transport", transport]
+        standins += ["--authorisation-seconds", "0.05"]
+        self.standins = Child("stand-ins", standins, folder / "standins.log", lock)
+        run = ["trunkline.cli", "run", "--transport", f"sqlite:///{folder / DATABASE}"]
         self.services = {
-            name: Child(name, [*run, f"examples.shop.{name}:{name}"], folder / f"{name}.log") for name in services
+            name: Child(name, [*run, f"examples.shop.{name}:{name}"], folder / f"{name}.log", lock) for name in services
         }
 
     def __enter__(self) -> Self:
@@ -155,13 +194,15 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for child in (*self.services.values(), self.standins):
-            if child.was_started:
+        for children in (self.services.values(), [self.standins]):
+            started = [child for child in children if child.was_started]
+            for child in started:
                 child.terminate()
+            for child in started:
                 child.ended()
 
-    def start_standins(self) -> None:
-        """Start the stand-ins; they listen when this returns.
+    def start_standins(self) -> dict[str, str]:
+        """Start the stand-ins; they listen when this returns. Returns their addresses, by the clients' settings.
 
         Raises: DemoError.
         """
@@ -172,6 +213,7 @@ class Processes:
         said = json.loads(line)
         said.pop("ledgers")
         self._environment |= said
+        return dict(said)
 
     def start(self, *names: str) -> None:
         """Start services; all if none is named."""

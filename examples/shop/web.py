@@ -1,6 +1,6 @@
 """HTTP for the order service: REST and one page, on loopback.
 
-    POST /orders        place an order; 201, or 200 when it was placed before, or 409, 415, 422
+    POST /orders        place an order; 201, or 200 when it was placed before, or 409, 413, 415, 422
     GET  /orders/{id}   one order; 404 when there is none
     GET  /orders        tally and newest orders; ?limit=1…500
     GET  /              the page

@@ -18,10 +18,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults import file, numbers
-from tests.faults.processes import Process, until
+from tests.faults.processes import Process
 from trunkline.testing import Verdict, check, read_journal
 
-DRAIN_S = 120.0
+STALL_S = 60.0
+"""A drain goes on for as long as something is settled within this time."""
+LOOK_S = 0.25
+TELL_S = 10.0
+
+
+class StalledError(AssertionError):
+    """The consumers settle nothing more, though something waits."""
+
+
+class Patience:
+    """How long a count has not risen; `now_s` comes from the caller's clock."""
+
+    def __init__(self, limit_s: float, now_s: float) -> None:
+        self.limit_s = limit_s
+        self._most = -1
+        self._risen_s = now_s
+
+    def look(self, count: int, now_s: float, what: str) -> None:
+        """Raise StalledError, with `what`, when `count` has not risen for longer than the limit."""
+        if count > self._most:
+            self._most, self._risen_s = count, now_s
+        elif now_s - self._risen_s > self.limit_s:
+            raise StalledError(f"nothing was settled for {self.limit_s:g} s: {what}")
 
 
 @dataclass
@@ -59,7 +82,9 @@ class Report:
 class Run:
     """One run on one file in `folder`."""
 
-    def __init__(self, folder: Path, seed: int, pause_s: float, say: Callable[[str], object]) -> None:
+    def __init__(
+        self, folder: Path, seed: int, pause_s: float, say: Callable[[str], object], stall_s: float = STALL_S
+    ) -> None:
         self.folder = folder
         self.path = folder / "numbers.db"
         self.url = f"sqlite:///{self.path}"
@@ -67,6 +92,7 @@ class Run:
         self.seed = seed
         self.pause_s = pause_s
         self.say = say
+        self.stall_s = stall_s
         self.roles = ["publisher-1", "publisher-2", "consumer-1", "consumer-2"]
         self.running: dict[str, Process] = {}
         self.kills = dict.fromkeys(self.roles, 0)
@@ -104,9 +130,8 @@ class Run:
         for role in self.roles[:2]:
             self.running[role].stop()
         crashed = 0
-        end = time.monotonic() + DRAIN_S
         while True:
-            self.wait_empty(end)
+            self.wait_empty()
             dead = file.rows(self.path, "SELECT seq FROM trunkline_dead_letter WHERE code = 'crashed'")
             if not dead:
                 break
@@ -116,18 +141,24 @@ class Run:
             self.running[role].stop()
         return crashed
 
-    def wait_empty(self, end: float) -> None:
-        """Wait until nothing waits but what stands behind a message set aside after crashes."""
-        held = (
-            "SELECT count(*) FROM trunkline_parked p WHERE EXISTS"
-            " (SELECT 1 FROM trunkline_dead_letter d WHERE d.reader = p.reader AND d.key = p.key AND d.holds)"
-        )
-        until(
-            lambda: file.backlog(self.path) == file.number(self.path, held),
-            f"an empty backlog (it is {file.backlog(self.path)})",
-            max(1.0, end - time.monotonic()),
-            0.1,
-        )
+    def wait_empty(self) -> None:
+        """Wait until nothing waits but what stands behind a message set aside after crashes.
+
+        Raises: StalledError when nothing is settled for too long.
+        """
+        began = told = time.monotonic()
+        patience = Patience(self.stall_s, began)
+        before = file.number(self.path, SETTLED)
+        while (waiting := file.backlog(self.path)) != file.number(self.path, HELD):
+            settled, now = file.number(self.path, SETTLED), time.monotonic()
+            what = f"{waiting} wait, {settled - before} settled in {now - began:.0f} s"
+            patience.look(settled, now, what)
+            if now - told >= TELL_S:
+                told = now
+                self.say(f"draining: {what}")
+            time.sleep(LOOK_S)
+        settled = file.number(self.path, SETTLED) - before
+        self.say(f"drained: {settled} settled in {time.monotonic() - began:.0f} s, {waiting} held by dead letters")
 
     def redrive(self, dead: list[int]) -> None:
         for seq in dead:
@@ -174,6 +205,12 @@ CHECKS = {
     "SELECT count(*) FROM trunkline_member": 0,
     "SELECT count(*) FROM trunkline_partition WHERE owner IS NOT NULL": 0,
 }
+# What the consumers have done with messages, whether well or not; it only rises while they drain.
+SETTLED = "SELECT (SELECT count(*) FROM trunkline_inbox) + (SELECT count(*) FROM trunkline_dead_letter)"
+HELD = (
+    "SELECT count(*) FROM trunkline_parked p WHERE EXISTS"
+    " (SELECT 1 FROM trunkline_dead_letter d WHERE d.reader = p.reader AND d.key = p.key AND d.holds)"
+)
 # Each effect of an own kind is one handled message, each other one two: the message and its Answer.
 HANDLED = "SELECT count(*) + count(*) FILTER (WHERE key LIKE 'follow%') FROM effect"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -23,9 +24,11 @@ from rich.console import Console
 
 from examples.shop import audit as auditing
 from examples.shop.audit import PLACED, audit, read
+from examples.shop.contracts import OrderCreated
 from examples.shop.demo import Book, Figures
 from examples.shop.order import NewOrder, order
-from examples.shop.orders import GOOD_CARD, SOLD_OUT, Purchase, read_purchases
+from examples.shop.orders import CARDS, GOOD_CARD, SOLD_OUT, STOCK, Purchase, read_purchases
+from examples.shop.payment import payment
 from examples.shop.processes import DATABASE, ROOT, Child, Processes
 from trunkline import App
 
@@ -160,18 +163,24 @@ def until(look, wanted, limit_s=30):
     return found
 
 
-def test_all_four_services_also_run_in_one_process(tmp_path):
-    purchases = list(read_purchases(20))
-    with Processes(tmp_path, ["system"]) as shop:
+FREE_ORDER = next(purchase for purchase in read_purchases() if not purchase.amount_cents)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all services in one process: twenty orders and one of $0.00."""
+    folder = tmp_path_factory.mktemp("system")
+    purchases = [*read_purchases(20), FREE_ORDER]
+    with Processes(folder, ["system"]) as shop:
         shop.start_standins()
         shop.start()
         answered(shop.url)
         with httpx.Client(base_url=shop.url, trust_env=False) as client:
             for purchase in purchases:
                 assert client.post("/orders", json=msgspec.to_builtins(of(purchase))).status_code == 201
-        (tmp_path / PLACED).write_text("".join(f"{purchase.order_id}\n" for purchase in purchases))
-        figures = Figures(wanted=20, placed=20)
-        book = Book(tmp_path / DATABASE)
+        (folder / PLACED).write_text("".join(f"{purchase.order_id}\n" for purchase in purchases))
+        figures = Figures(wanted=len(purchases), placed=len(purchases))
+        book = Book(folder / DATABASE)
 
         def all_done() -> bool:
             book.read(figures)
@@ -182,8 +191,46 @@ def test_all_four_services_also_run_in_one_process(tmp_path):
         finally:
             book.close()
         shop.stop()
-    holds, printed = audited(tmp_path)
+    return folder
+
+
+def test_all_four_services_also_run_in_one_process(one_process):
+    holds, printed = audited(one_process)
     assert holds, printed
+
+
+def test_an_order_of_nothing_is_counted_where_orders_and_charges_differ(one_process):
+    _, printed = audited(one_process)
+    assert re.search(r"orders of \$0\.00, nothing to charge +1 +1 ", printed)
+    sums = [line for line in printed.splitlines() if " = " in line]
+    assert len(sums) == 4
+    for line in sums:
+        whole, _, parts = line.partition(" = ")
+        assert int(whole.split()[0]) == sum(int(part.split()[0]) for part in parts.split(" + ")), line
+    assert any(line.startswith("21 orders = ") and line.endswith(" + 1 of $0.00") for line in sums)
+
+
+def test_the_audit_reports_a_charge_for_an_order_of_nothing(one_process, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(one_process, copy)
+    with closing(sqlite3.connect(copy / "stripe-ledger.db", isolation_level=None)) as ledger:
+        ledger.execute(f"UPDATE charge SET order_id = '{FREE_ORDER.order_id}' WHERE number = {ONE_CHARGE}")
+    holds, printed = audited(copy)
+    assert not holds
+    assert f"✗ orders of $0.00, nothing to charge: missing: {FREE_ORDER.order_id}" in printed
+
+
+def test_more_orders_than_the_data_holds_are_said_to_be_fewer(tmp_path):
+    everything = sum(1 for _ in read_purchases())
+    command = [sys.executable, "-m", "examples.shop.demo", "--orders", "100000", "--folder", str(tmp_path / "demo")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            first = process.stdout.readline()
+        finally:
+            process.terminate()
+            process.stdout.read()
+    assert first == f"100,000 orders were asked for; the data holds {everything:,}, and these are run.\n"
 
 
 def of(purchase: Purchase) -> NewOrder:
@@ -502,6 +549,8 @@ async def test_an_id_that_is_taken_by_another_order_is_refused(client, tmp_path)
         {"amount_cents": 49},
         {"amount_cents": 10.5},
         {"card": "4242424242424242"},
+        {"card": "pm_card_mastercard"},
+        {"sku": "cd-99"},
         {"email": "nobody"},
         {"email": "a@example.com\nBcc: b@example.com"},
         {"phone": "555"},
@@ -515,6 +564,18 @@ async def test_an_order_that_cannot_be_is_refused(client, tmp_path, change):
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]
     assert rows(tmp_path, "SELECT count(*) FROM shop_order") == [(0,)]
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("sku", [*STOCK]), ("card", [*CARDS])])
+async def test_what_is_not_sold_and_what_cannot_be_paid_with_is_told_with_what_is_allowed(client, name, allowed):
+    answer = await client.post("/orders", json=msgspec.to_builtins(new_order()) | {name: "xx-99"})
+    assert answer.status_code == 422
+    assert answer.json()["error"] == f"{name} is 'xx-99'; allowed: {', '.join(allowed)}"
+
+
+async def test_the_page_offers_what_can_be_ordered(client):
+    page = (await client.get("/")).text
+    assert re.findall(r'<option value="([^"]*)"', page) == [*STOCK, *CARDS]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"order_id":' + b"[" * 4000])
@@ -560,11 +621,27 @@ async def test_the_page_needs_nothing_from_elsewhere(client):
     assert SOLD_OUT in page.text
 
 
+# --- the payment service alone ---
+
+
+async def test_a_card_that_stripe_does_not_know_is_a_refused_payment(tmp_path, monkeypatch):
+    with Processes(tmp_path) as shop:
+        monkeypatch.setenv("STRIPE_API_KEY", "sk_test_story")
+        monkeypatch.setenv("STRIPE_API_BASE", shop.start_standins()["STRIPE_API_BASE"])
+        async with App(payment, f"sqlite:///{tmp_path / DATABASE}") as app:
+            await app.publish(OrderCreated("o-1", "cd-01", 1, 1499, "pm_card_none"))
+            async with asyncio.timeout(30):
+                while not (refused := rows(tmp_path, "SELECT status, charge_id, decline_code FROM payment")):
+                    await asyncio.sleep(0.01)
+            assert refused == [("refused", None, "resource_missing")]
+            assert rows(tmp_path, "SELECT count(*) FROM trunkline_parked") == [(0,)]
+
+
 # --- processes ---
 
 
 def test_a_service_that_cannot_start_is_reported_with_the_end_of_its_log(tmp_path):
-    child = Child("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "broken.log")
+    child = Child("broken", ["examples.shop.no_such_service"], tmp_path / "broken.log")
     child.start(os.environ)
     assert child.ended() == 1
-    assert "no such thing" in child.last_words()
+    assert "no_such_service" in child.last_words()

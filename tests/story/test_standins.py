@@ -169,6 +169,15 @@ async def test_a_declined_card_raises_its_decline_code_and_moves_no_money(stand_
     assert server.rows("SELECT status, decline_code FROM charge") == [("declined", code)]
 
 
+async def test_a_card_that_stripe_does_not_know_is_declined_and_not_tried_again(stand_in):
+    server = stand_in("stripe")
+    async with charging(server) as charges:
+        with pytest.raises(Declined) as declined:
+            await charges.charge("cdnow-00001", 2933, "pm_card_none", "m1")
+    assert declined.value.code == "resource_missing"
+    assert server.rows("SELECT * FROM charge") == []
+
+
 async def test_the_librarys_card_error_has_code_decline_code_and_intent(stand_in):
     async with stripe_itself(stand_in("stripe")) as client:
         with pytest.raises(stripe.CardError) as caught:

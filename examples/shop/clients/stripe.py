@@ -32,7 +32,8 @@ class Declined(Exception):  # noqa: N818 - an answer, not a fault
     """The card was refused; asking again gives the same answer.
 
     Attributes:
-        code: Stripe's decline code, such as `insufficient_funds`.
+        code: Stripe's decline code, such as `insufficient_funds`; `resource_missing` for a card that Stripe
+            does not know.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -75,7 +76,7 @@ class Charges:
             idempotency_key: the same for every attempt of one message.
 
         Raises:
-            Declined: the card was refused.
+            Declined: the card was refused, or Stripe knows no such card.
             stripe.StripeError: anything else; the caller's message is retried.
         """
         if amount_cents < SMALLEST_CENTS:
@@ -99,6 +100,10 @@ class Charges:
         except stripe.CardError as error:
             code = (error.error.decline_code if error.error else None) or error.code or "declined"
             raise Declined(code, error.user_message or "the card was declined") from error
+        except stripe.InvalidRequestError as error:
+            if error.code != "resource_missing" or error.param != "payment_method":
+                raise
+            raise Declined(error.code, "there is no such card") from error
         if intent.status != "succeeded":
             message = f"order {order_id}: {intent.id} is '{intent.status}', expected 'succeeded'"
             raise RuntimeError(message)
