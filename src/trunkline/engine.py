@@ -671,8 +671,6 @@ class Engine:
             log.warning("%s cannot be read now, again soon: %s", self.path, error)
 
 
-
-
 def _translate(error: BaseException, path: str) -> TransportError:
     if isinstance(error, TransportError):
         return error

@@ -117,7 +117,6 @@ async def test_suspects_given_back_unhandled_are_suspects_still(tmp_path, handle
         # As if a process had died over it.
         await other._change(lambda c: c.execute("UPDATE trunkline_partition SET suspect = 1"))
     async with App(service, url, grace_s=0.0) as app:
-        (reader,) = app.transport._readers.values()
         attempts = "SELECT count(*) FROM trunkline_attempt"
         await until(lambda: query(app.transport.engine.reader, attempts) == [(1,)])
     free.set()
