@@ -90,22 +90,38 @@ def _services(found: Topology) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    kinds = {channel.name: channel.kind for channel in found.channels}
     tree = Tree(Text(found.system, style="bold"), guide_style="dim")
     for service in found.services:
         node = tree.add(Text(service.name, style="bold cyan"))
-        handlers = dict.fromkeys(link.handler for link in found.handles if link.service == service.name)
-        for handler in handlers:
-            takes = [link for link in found.handles if (link.service, link.handler) == (service.name, handler)]
-            gives = [link for link in found.publishes if (link.service, link.handler) == (service.name, handler)]
-            text = Text(", ".join(dict.fromkeys(link.message for link in takes)))
-            text.append(f"  from {kinds[takes[0].channel]} {takes[0].channel}", "dim")
-            if takes[0].subscription != service.name:
-                text.append(f" as {takes[0].subscription}", "dim")
+        handles = [link for link in found.handles if link.service == service.name]
+        for handler, channel, subscription in dict.fromkeys(
+            (link.handler, link.channel, link.subscription) for link in handles
+        ):
+            takes = [
+                link.message
+                for link in handles
+                if (link.handler, link.channel, link.subscription) == (handler, channel, subscription)
+            ]
+            text = Text(", ".join(dict.fromkeys(takes)))
+            text.append(f"  from {_kind(found, channel)} {channel}", "dim")
+            if subscription != service.name:
+                text.append(f" as {subscription}", "dim")
             text.append(f"  {handler.rpartition('.')[2]}()", "green")
-            branch = node.add(text)
-            for link in gives:
-                branch.add(Text.assemble("→ ", link.message, (f"  to {kinds[link.channel]} {link.channel}", "dim")))
+            _add_publications(node.add(text), found, service.name, handler)
         for background in service.background:
-            node.add(Text.assemble((f"{background}()", "green"), ("  in the background", "dim")))
+            text = Text.assemble((f"{background.rpartition('.')[2]}()", "green"), ("  in the background", "dim"))
+            _add_publications(node.add(text), found, service.name, background)
     return tree
+
+
+def _add_publications(branch: Tree, found: Topology, service: str, function: str) -> None:
+    from rich.text import Text
+
+    for link in found.publishes:
+        if (link.service, link.handler) == (service, function):
+            to = f"  to {_kind(found, link.channel)} {link.channel}"
+            branch.add(Text.assemble("→ ", link.message, (to, "dim")))
+
+
+def _kind(found: Topology, name: str) -> str:
+    return next(channel.kind for channel in found.channels if channel.name == name)

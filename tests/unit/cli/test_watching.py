@@ -157,3 +157,48 @@ def test_topology_is_written_as_mermaid_and_svg(project, form):
     assert drawn.startswith({"mermaid": "flowchart LR", "svg": "<svg "}[form])
     assert "payment" in drawn
     assert project.json("topology", "shop:system")["system"] == "shop"
+
+
+WIDE = """
+from shop import *
+from trunkline import Message
+
+audit = Service("audit")
+
+
+@audit.handle(from_=orders)
+@audit.handle(from_=jobs, subscription="audit-jobs")
+async def note(message: Message) -> None: ...
+
+
+site = Service("site")
+
+
+@site.background(publishes=(OrderPlaced, Headline))
+async def serve(running) -> None: ...
+
+
+system = System("wide", [audit, site])
+"""
+
+
+def test_topology_shows_each_subscription_of_a_function_that_reads_several_channels(project):
+    (project.folder / "wide.py").write_text(WIDE)
+    shown = project.cli("topology", "wide:system").out
+    assert "every message  from stream orders  note()" in shown
+    assert "every message  from queue jobs as audit-jobs  note()" in shown
+
+
+def test_topology_and_doctor_name_a_background_task_that_says_what_it_publishes(project):
+    (project.folder / "wide.py").write_text(WIDE)
+    shown = project.cli("topology", "wide:system").out.splitlines()
+    at = next(number for number, line in enumerate(shown) if "serve()  in the background" in line)
+    assert "→ order.placed  to stream orders" in shown[at + 1]
+    assert "→ headline  to topic news" in shown[at + 2]
+    assert any("order.placed  site → audit" in line for line in shown)
+    (link,) = [
+        link
+        for link in project.json("doctor", "wide:system")["links"]
+        if (link["channel"], link["sender"]) == ("orders", "site")
+    ]
+    assert link["receiver"] == "audit"
