@@ -68,7 +68,10 @@ def show(
     store: options.Store = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show one dead letter: why, how often it was tried, its envelope and payload, what waits behind it."""
+    """Show one dead letter in full.
+
+    Why and how often it was tried, its envelope and payload, the traceback, what waits behind it.
+    """
     from trunkline.cli.dead_view import write
 
     with _store_file(load_settings(transport=transport, store=store)) as file:
@@ -95,7 +98,9 @@ def edit(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Correct a dead letter; it stays set aside until it is redriven, unless --redrive.
+    """Correct a dead letter.
+
+    It stays set aside until it is redriven, unless --redrive.
 
     Without --data the payload opens in $VISUAL or $EDITOR. The message keeps its id, so what has handled it
     does not handle it again. For an unreadable envelope give --type and --data: a new envelope is made.
@@ -133,7 +138,10 @@ def redrive(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Give dead letters back to their subscriptions, as first tries; what waits behind them follows in order."""
+    """Give dead letters back to their subscriptions.
+
+    They are handled as first tries; what waits behind them follows in order.
+    """
     settings = load_settings(transport=transport, store=store)
     chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
     done = asyncio.run(_each(settings, chosen, "redrive", rate))
@@ -151,7 +159,10 @@ def discard(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Drop dead letters for good; what waits behind them goes on without them."""
+    """Drop dead letters for good.
+
+    What waits behind them goes on without them.
+    """
     settings = load_settings(transport=transport, store=store)
     chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
     if chosen and not yes:

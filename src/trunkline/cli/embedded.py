@@ -20,7 +20,7 @@ from trunkline.message import unpack
 from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
-from trunkline.transport import parse_address
+from trunkline.transport import find_adapter, parse_address, unopened
 from trunkline.transports.sqlite import count_backlog, last_position
 
 BUSY_MS = 5000
@@ -82,9 +82,12 @@ class ProcessRow(msgspec.Struct, frozen=True):
 def file_path(url: str, option: str = "--transport") -> str:
     """Return the path of the embedded file that `url` names.
 
-    Raises: ConfigurationError E230 if it names something else.
+    Raises: ConfigurationError E230 if it names something else, E206 if no file, E202 if nothing installed knows it.
     """
     address = parse_address(url)
+    find_adapter(f"trunkline.{option.removeprefix('--')}s", address)
+    if address.scheme == "sqlite" and not address.path:
+        raise ConfigurationError("E206", "sqlite: without a file", f"such as {option} sqlite:///shop.db")
     if address.scheme != "sqlite":
         raise ConfigurationError(
             "E230",
@@ -97,15 +100,15 @@ def file_path(url: str, option: str = "--transport") -> str:
 def existing_file(url: str, option: str = "--transport") -> str:
     """Return the path of an embedded file that exists.
 
-    Raises: ConfigurationError E230 or E231; nothing is created.
+    Raises: ConfigurationError E202, E206, E225, E230 or E231; nothing is created.
     """
     path = file_path(url, option)
+    if Path(path).is_dir():
+        raise unopened(path, IsADirectoryError())
     if not Path(path).is_file():
         raise ConfigurationError(
             "E231",
-            f"{path or url} does not exist in {Path.cwd()}"
-            if not Path(path).is_absolute()
-            else f"{path} does not exist",
+            f"{path} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
             f"start a service on it first, or name the right file: {option} sqlite:///shop.db",
         )
     return path
@@ -114,7 +117,7 @@ def existing_file(url: str, option: str = "--transport") -> str:
 def open_file(url: str, option: str = "--transport") -> EmbeddedFile:
     """Open an existing embedded file to read it.
 
-    Raises: ConfigurationError E230, E231 or E232; TransportError E501.
+    Raises: ConfigurationError E202, E203, E206, E225, E230, E231 or E232; TransportError E501.
     """
     return EmbeddedFile(existing_file(url, option))
 
@@ -133,13 +136,12 @@ class EmbeddedFile:
         except apsw.NotADBError as error:
             raise ConfigurationError("E203", f"{path} is not a SQLite database", "name another file") from error
         except apsw.Error as error:
-            raise TransportError(
-                "E501", f"{path} cannot be opened: {error}", "check that it and its folder can be read"
-            ) from error
+            raise unopened(path, error) from error
         if "trunkline_process" not in self._tables:
             self.connection.close()
+            what = "a SQLite database that no Trunkline service has used" if Path(path).stat().st_size else "empty"
             raise ConfigurationError(
-                "E232", f"{path} is a SQLite database that no Trunkline service has used", "name the file of a service"
+                "E232", f"{path} is {what}", "start a service on it first, or name the file of a service"
             )
 
     def __enter__(self) -> Self:

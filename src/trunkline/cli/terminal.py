@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from trunkline.errors import ConfigurationError, TrunklineError
+from trunkline.errors import ConfigurationError, DefinitionError, TrunklineError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,10 +25,32 @@ PIPE_WIDTH = 1000
 
 
 def exit_code(error: TrunklineError) -> int:
-    """Return 2 for a wrong configuration, 75 for what may pass, else 1."""
-    if isinstance(error, ConfigurationError):
+    """Return 2 for what no restart mends (configuration, declarations), 75 for what may pass, else 1."""
+    if isinstance(error, ConfigurationError | DefinitionError):
         return USAGE
     return TEMPORARY if error.retryable else FAILED
+
+
+def plain(error: typer.BadParameter) -> str:
+    """Return what is wrong with an argument in words; the library that converts it speaks of itself."""
+    cause: Any = error.__cause__
+    found: dict[str, Any] = {}
+    while hasattr(cause, "errors"):  # pydantic's ValidationError; that of an item of a list is inside
+        found = cause.errors()[0]
+        cause = found.get("ctx", {}).get("error")
+    if not found:
+        return error.message
+    given, limits = found["input"], found.get("ctx", {})
+    match found["type"]:
+        case "greater_than_equal":
+            return f"{given} is too small; the least is {limits['ge']}."
+        case "less_than_equal":
+            return f"{given} is too large; the most is {limits['le']}."
+        case "int_parsing":
+            return f"{given!r} is not a whole number."
+        case "float_parsing":
+            return f"{given!r} is not a number."
+    return error.message.removeprefix("Value error, ")
 
 
 def report(error: TrunklineError, *, with_traceback: bool) -> None:

@@ -14,10 +14,12 @@ from trunkline.cli import options
 from trunkline.cli.target import load_target
 from trunkline.cli.terminal import print_json, stdout
 from trunkline.config import load_settings
+from trunkline.errors import DefinitionError
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from trunkline.service import System
     from trunkline.topology import Topology
 
 
@@ -43,7 +45,9 @@ def topology(
     """
     from trunkline.topology import describe, to_mermaid
 
-    found = describe(load_target(load_settings(app=target)).system)
+    system = load_target(load_settings(app=target)).system
+    _warn(system)
+    found = describe(system)
     if as_json:
         print_json(found)
     elif form is Format.mermaid:
@@ -54,6 +58,14 @@ def topology(
         typer.echo(to_svg(found), nl=False)
     else:
         _write(found)
+
+
+def _warn(system: System) -> None:
+    """Say on stderr when these declarations cannot run; they can be drawn all the same."""
+    try:
+        system.check()
+    except DefinitionError as error:
+        typer.secho(f"warning: this cannot run: {error}", fg="yellow", err=True)
 
 
 def _write(found: Topology) -> None:
