@@ -229,7 +229,8 @@ class App:
             loop.add_signal_handler(number, self._signalled, number)
         try:
             await self.start()
-            log.info("%s runs on %s", self.system.name, parse_address(self.transport_url).shown)
+            services = ", ".join(service.name for service in self.system.services)
+            log.info("%s runs on %s: %s", self.system.name, parse_address(self.transport_url).shown, services)
             try:
                 await self.ended()
             finally:

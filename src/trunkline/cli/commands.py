@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from trunkline.cli import backlog, dead, doctor, new, publish, run, tail, topology
+from trunkline.cli import backlog, dead, doctor, new, parked, publish, run, tail, topology
 from trunkline.cli.terminal import exit_code, plain, report
 from trunkline.errors import TrunklineError
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
-ORDER = ("run", "topology", "publish", "tail", "backlog", "dead", "doctor", "new")
+ORDER = ("run", "topology", "publish", "tail", "backlog", "parked", "dead", "doctor", "new")
 """Of the commands in the help: what one needs first comes first, what belongs together stands together."""
 
 
@@ -90,6 +90,7 @@ app.command("topology")(topology.topology)
 app.command("publish")(publish.publish)
 app.command("tail")(tail.tail)
 app.command("backlog")(backlog.backlog)
+app.command("parked")(parked.parked)
 app.add_typer(dead.app, name="dead")
 app.command("doctor")(doctor.doctor)
 app.command("new")(new.new)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILED, USAGE, TEMPORARY = 1, 2, 75
+GAP = 3
+"""Spaces between the columns of a table."""
 PIPE_WIDTH = 1000
 """Width where no terminal limits it, so that `grep` sees whole lines."""
 
@@ -100,6 +103,45 @@ def table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) 
     for header in headers:
         made.add_column(header, justify="right" if header in right else "left", overflow="fold")
     return made
+
+
+def write_rows(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: tuple[str, ...], below: tuple[str, ...]
+) -> None:
+    """Print rows to stdout as a table; where that is too wide, some columns stand below each row.
+
+    So no word is cut, and where no terminal limits the width each row is one line.
+
+    Args:
+        right: headers of the columns that hold numbers.
+        below: headers of the columns that may go below.
+    """
+    from rich.cells import cell_len
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = stdout()
+    widths = [max(cell_len(row[n]) for row in (headers, *rows)) for n in range(len(headers))]
+    if sum(widths) + GAP * (len(widths) - 1) <= console.width:
+        made = table(*headers, right=right)
+        for row in rows:
+            made.add_row(*map(Text, row))
+        console.print(made)
+        return
+    kept = [n for n, header in enumerate(headers) if header not in below]
+
+    def line(row: Sequence[str]) -> str:
+        spaces = {n: " " * (widths[n] - cell_len(row[n])) for n in kept}
+        cells = [spaces[n] + row[n] if headers[n] in right else row[n] + spaces[n] for n in kept]
+        return (" " * GAP).join(cells).rstrip()
+
+    console.print(Text(line(headers), style="bold"))
+    console.print(Text("─" * min(console.width, sum(widths[n] for n in kept) + GAP * (len(kept) - 1))))
+    for row in rows:
+        console.print(Text(line(row)))
+        for n, header in enumerate(headers):
+            if header in below:
+                console.print(Padding(Text(row[n]), (0, 0, 0, 4), expand=False))
 
 
 def print_json(value: Any) -> None:

@@ -45,6 +45,7 @@ def test_it_handles_messages_and_a_signal_ends_it_with_0(project):
 def test_only_runs_the_named_service(project):
     with project.running("shop:system", "--only", "shipping"):
         assert {row["subscription"] for row in project.json("backlog")} == {"shipping@jobs", "shipping@news"}
+    assert "shop runs on sqlite:///trunkline.db: shipping\n" in project.log()
 
 
 def test_an_unknown_service_is_refused_with_those_there_are(project):

@@ -108,7 +108,9 @@ def test_a_topic_message_with_several_subscriptions_is_shown_once(used):
     assert len(lines(used, "news")) == 1
 
 
-@pytest.mark.parametrize("command", [["tail", "orders"], ["backlog"], ["dead", "list"], ["dead", "redrive", "--all"]])
+@pytest.mark.parametrize(
+    "command", [["tail", "orders"], ["backlog"], ["parked"], ["dead", "list"], ["dead", "redrive", "--all"]]
+)
 def test_a_file_that_does_not_exist_is_an_error_and_is_not_made(project, command):
     assert project.cli(*command, code=2).err.startswith("E231 trunkline.db does not exist")
     assert [path.name for path in project.folder.iterdir()] == ["shop.py"]
@@ -152,7 +154,7 @@ def test_an_unknown_channel_names_those_there_are(used):
 
 
 def test_tables_fit_80_columns(buried):
-    for command in (["backlog"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
+    for command in (["backlog"], ["parked"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
         shown = buried.cli(*command, COLUMNS="80").out
         assert max(map(len, shown.splitlines())) <= 80, command
 
