@@ -140,6 +140,25 @@ def test_a_target_that_cannot_be_loaded_says_where_and_why(project, target, code
     assert text in shown
 
 
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("import sys\nsys.modules['stripe'] = None\nimport stripe\n", "stripe comes with Trunkline's extra shop: "),
+        (
+            "import sys\nsys.modules['uvicorn'] = None\nimport uvicorn\n",
+            "uvicorn comes with Trunkline's extra http and ",
+        ),
+        ("import not_installed_anywhere.part\n", "install what brings not_installed_anywhere; "),
+        ("import shop.nothing\n", "trunkline --traceback … shows all of it"),
+    ],
+)
+def test_a_missing_module_is_told_with_what_brings_it(project, source, hint):
+    (project.folder / "missing.py").write_text(source)
+    shown = project.cli("topology", "missing:system", code=2).err.splitlines()
+    assert shown[0].startswith("E212 importing missing failed (missing.py:")
+    assert shown[1].strip().startswith(hint)
+
+
 def test_output_of_a_message_cannot_steer_the_terminal():
     assert printable("\x1b]0;owned\x07ok\r") == "\\x1b]0;owned\\x07ok\\r"
 
