@@ -93,7 +93,7 @@ def settings_checks(settings: Settings) -> Iterator[Check]:
         try:
             adapter = load_adapter(f"trunkline.{name}s", url, system_clock)
         except TrunklineError as error:
-            yield Check("settings", name, "fail", str(error), error.hint)
+            yield Check("settings", name, "fail", f"{error.code} {error.message}", error.hint)
             continue
         shown = f"{parse_address(url).shown} (from {settings.origin[name]})"
         capabilities = getattr(adapter, "capabilities", None)

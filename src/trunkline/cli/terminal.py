@@ -105,6 +105,14 @@ def table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) 
     return made
 
 
+def fits(made: Table) -> bool:
+    """Return whether stdout is wide enough for a table, so that nothing in it is broken."""
+    from rich.measure import Measurement
+
+    console = stdout()
+    return Measurement.get(console, console.options.update(max_width=PIPE_WIDTH), made).maximum <= console.width
+
+
 def write_rows(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: tuple[str, ...], below: tuple[str, ...]
 ) -> None:
@@ -121,13 +129,13 @@ def write_rows(
     from rich.text import Text
 
     console = stdout()
-    widths = [max(cell_len(row[n]) for row in (headers, *rows)) for n in range(len(headers))]
-    if sum(widths) + GAP * (len(widths) - 1) <= console.width:
-        made = table(*headers, right=right)
-        for row in rows:
-            made.add_row(*map(Text, row))
+    made = table(*headers, right=right)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    if fits(made):
         console.print(made)
         return
+    widths = [max(cell_len(row[n]) for row in (headers, *rows)) for n in range(len(headers))]
     kept = [n for n, header in enumerate(headers) if header not in below]
 
     def line(row: Sequence[str]) -> str:

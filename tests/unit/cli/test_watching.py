@@ -1,7 +1,9 @@
 """publish, tail, backlog, topology: messages in and messages seen."""
 
 import json
+import sqlite3
 import subprocess
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -157,6 +159,16 @@ def test_tables_fit_80_columns(buried):
     for command in (["backlog"], ["parked"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
         shown = buried.cli(*command, COLUMNS="80").out
         assert max(map(len, shown.splitlines())) <= 80, command
+
+
+def test_a_backlog_on_a_narrow_terminal_breaks_names_before_the_channel(used):
+    with closing(sqlite3.connect(used.folder / "trunkline.db")) as connection:
+        connection.execute("UPDATE trunkline_subscription SET name = 'notification-by-letter' WHERE name = 'payment'")
+        connection.commit()
+    assert "notification-by-letter@orders   stream " in used.cli("backlog", COLUMNS="120").out
+    shown = used.cli("backlog", COLUMNS="80").out.splitlines()
+    at = next(number for number, line in enumerate(shown) if line.startswith("notification-by-letter   stream "))
+    assert shown[at + 1].split() == ["@orders"]
 
 
 def test_a_wait_or_a_time_with_zone_is_understood():
