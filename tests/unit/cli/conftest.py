@@ -55,7 +55,7 @@ payment.schema("CREATE TABLE IF NOT EXISTS paid (n INTEGER PRIMARY KEY, order_id
 async def pay(order: OrderPlaced, ctx: Context) -> OrderPaid:
     if order.amount < 0:
         raise ValueError(f"amount {order.amount} is below zero")
-    if order.amount == 0:
+    if order.amount == 999:
         raise RetryLaterError(3600, "the bank is closed")
     transaction = await ctx.transaction()
     await transaction.execute("INSERT INTO paid (order_id, amount) VALUES (?, ?)", (order.order_id, order.amount))
@@ -199,9 +199,9 @@ def parked(tmp_path_factory):
     """A project whose file has parked messages: of order `a` with two behind it, then of order `b`."""
     project = Project(tmp_path_factory.mktemp("parked"))
     with project.running("shop:system"):
-        project.publish("OrderPlaced", *({"order_id": "a", "amount": amount} for amount in (0, 4, 5)))
+        project.publish("OrderPlaced", *({"order_id": "a", "amount": amount} for amount in (999, 4, 5)))
         wait_until(lambda: _counts(project)["parked"] == 3, "one parked and two behind it")
-        project.publish("OrderPlaced", {"order_id": "b", "amount": 0})
+        project.publish("OrderPlaced", {"order_id": "b", "amount": 999})
         wait_until(lambda: _counts(project)["parked"] == 4, "another one parked")
     return project
 
