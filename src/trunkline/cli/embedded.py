@@ -7,7 +7,7 @@ Never does: change anything (actions.py). Read next: tail.py, backlog.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -292,10 +292,7 @@ class EmbeddedFile:
                 # A queue's row carries its own name; who owns it is what the store knows.
                 labels = [label for label in store.labels() if label.endswith(f"@{channel}")] or labels
             counts = count_backlog(self.connection, number, stream=kind == "stream")
-            oldest = min(
-                filter(None, (self._oldest(number, kind) if counts.waiting else None, store.oldest_parked(labels))),
-                default=None,
-            )
+            oldest = _least((self._oldest(number, kind) if counts.waiting else None, store.oldest_parked(labels)))
             parked, dead = (sum(aside.get(label, (0, 0))[n] for label in labels) for n in range(2))
             found.append(
                 SubscriptionBacklog(
@@ -342,7 +339,7 @@ class EmbeddedFile:
             " FROM trunkline_reader r WHERE r.label IN (SELECT value FROM json_each(?))",
             msgspec.json.encode(labels).decode(),
         )
-        return min(filter(None, (_time(event) for (event,) in rows if event is not None)), default=None)
+        return _least(_time(event) for (event,) in rows if event is not None)
 
     def parked(self, subscription: str | None = None, message_type: str | None = None) -> Iterator[ParkedRow]:
         """Yield the first parked message of each key and each one without a key.
@@ -408,6 +405,10 @@ WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || 
         SELECT seq FROM trunkline_parked WHERE reader = p.reader AND key = p.key ORDER BY position, seq LIMIT 1))
 ORDER BY held_by IS NOT NULL, p.due, p.seq
 """
+
+
+def _least(times: Iterable[float | None]) -> float | None:
+    return min((time for time in times if time is not None), default=None)
 
 
 def _time(raw: bytes) -> float | None:
