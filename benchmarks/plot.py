@@ -1,75 +1,147 @@
-"""Results as a picture: one panel per case, a bar for Trunkline and one for each it is compared with.
+"""Results as a picture: one panel per case with a goal, a bar for Trunkline and one for each it is compared with.
 
-Invariant: complete in itself, readable on light and dark pages; longer is more, and each panel says whether that is
-better.
+Invariant: complete in itself, readable on light and dark pages; each panel says whether more is better, each bar with a
+goal where that is and whether it was missed. Figures have a column of their own, so nothing runs through them.
+Read next: report.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from benchmarks.report import value_text
 
-WIDTH, NAME, VALUE = 760, 230, 110
-"""Of the picture, of the names at the left, of the figures at the right; in pixels."""
-BAR, STEP, HEAD = 14, 20, 46
+Result = dict[str, Any]
+
+WIDTH, MARGIN = 890, 16
+BARS, ROOM = 226, 300
+"""Where bars begin, and the length of the longest; in pixels."""
+FIGURES, GOALS = 638, 654
+"""Where figures end and goals begin."""
+TOP, HEAD, STEP, BAR = 92, 28, 17, 12
+"""Heights: of the heading, of a panel's title with the gap above it, of a row, of a bar."""
 STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #24292f } .head { font-weight: 600 } .note { fill: #6a737d }
-.own { fill: #1f6feb } .other { fill: #b6bec9 } .goal { stroke: #cf222e; stroke-width: 2; stroke-dasharray: 3 2 }
-@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .note { fill: #9198a1 } .other { fill: #57606a } }
+text { font: 12px system-ui, sans-serif; fill: #24292f } .title { font-size: 16px; font-weight: 600 }
+.head { font-size: 13px; font-weight: 600 } .note { fill: #59636e }
+.own { fill: #1f6feb } .missed { fill: #cf222e } .other { fill: #b6bec9 }
+.goal { stroke: #24292f; stroke-width: 2; stroke-dasharray: 3 2 } text.missed { font-weight: 600 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .note { fill: #9198a1 } .other { fill: #57606a } .missed { fill: #f85149 }
+  .goal { stroke: #e6edf3 }
+}
 """
 
 
-def svg(results: list[dict[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        kind: `own`, `missed` or `other`; how it looks.
+        goal: where its goal is, on the scale of the values. verdict: the goal in words.
+    """
+
+    label: str
+    value: float
+    kind: str
+    goal: float | None = None
+    verdict: str = ""
+
+
+def svg(results: list[Result]) -> str:
     """Return the picture."""
-    parts: list[str] = []
-    top = 10
-    for name, rows in _panels(results):
-        parts += _panel(name, rows, top)
-        top += HEAD + STEP * len(_bars(rows))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" role="img">'
+    parts = list(_heading(results[0]["machine"]))
+    top = TOP
+    for title, unit, bars in _panels(results):
+        parts += _panel(title, unit, bars, top)
+        top += HEAD + STEP * len(bars)
+    height = top + MARGIN
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+        ' role="img">'
+    )
     title = "<title>Trunkline beside hand-written loops and peers</title>"
     return "\n".join([head, title, f"<style>{STYLE}</style>", *parts, "</svg>", ""])
 
 
-def _panels(results: list[dict[str, Any]]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        panels.setdefault(result["case"], []).append(result)
-    return panels.items()
+def _heading(machine: dict[str, str]) -> Iterator[str]:
+    disk = machine["disk"].partition(",")[0]
+    where = (
+        f"Measured {machine['measured']} on {machine['processor']}, {machine['memory']}, {machine['system']}, {disk}"
+    )
+    yield _text("title", MARGIN, 30, "Trunkline beside hand-written loops and peers: the cases with a goal")
+    yield _text("note", MARGIN, 50, where)
+    x = MARGIN
+    for kind, words in (("own", "Trunkline"), ("missed", "Trunkline, goal missed"), ("other", "compared with")):
+        yield f'<rect class="{kind}" x="{x}" y="64" width="20" height="{BAR}" rx="2"/>'
+        yield _text("", x + 26, 74, words)
+        x += 46 + 7 * len(words)
+    yield f'<line class="goal" x1="{x + 8}" x2="{x + 8}" y1="62" y2="78"/>'
+    yield _text("", x + 18, 74, "goal; if it is a ratio, to the best of those compared with")
 
 
-def _bars(rows: list[dict[str, Any]]) -> list[tuple[str, float, str]]:
-    bars = [(rows[0]["subject"], rows[0]["value"], "own")]
-    if "more" not in rows[0]["unit"] and "above" not in rows[0]["case"]:
-        bars += [(row["against"], row["against_value"], "other") for row in rows if row["against_value"] is not None]
-    return bars
+def _panels(results: list[Result]) -> Iterator[tuple[str, str, list[Bar]]]:
+    """Yield (title, unit, bars); cases that differ in Trunkline's part alone share a panel."""
+    cases = [(name, list(rows)) for name, rows in groupby(results, key=lambda result: result["case"])]
+    with_goal = [(name, rows) for name, rows in cases if any(row["goal"] for row in rows)]
+    for (*_, unit), group in groupby(with_goal, key=_shared):
+        panel = list(group)
+        title = panel[0][0] if len(panel) == 1 else panel[0][0].rpartition(", ")[0]
+        own = [_own(rows) for _, rows in panel]
+        yield title, unit, [*own, *_others(panel[0][1])]
 
 
-def _panel(name: str, rows: list[dict[str, Any]], top: int) -> list[str]:
-    unit = rows[0]["unit"]
-    bars = _bars(rows)
-    absolute = next((row["goal"] for row in rows if row["goal"] and "against" not in row["goal"]), None)
-    goal = float(absolute.split()[1].replace(",", "")) if absolute else None
-    most = max([value for _, value, _ in bars] + ([goal] if goal else []))
-    room = WIDTH - NAME - VALUE
+def _shared(case: tuple[str, list[Result]]) -> tuple[Any, ...]:
+    name, rows = case
+    others = tuple((row["against"], row["against_value"]) for row in rows)
+    return name.rpartition(", ")[0], others, rows[0]["goal"], rows[0]["unit"]
+
+
+def _others(rows: list[Result]) -> list[Bar]:
+    if "more" in rows[0]["unit"]:
+        return []  # a difference: the other is in it already
+    return [Bar(row["against"], row["against_value"], "other") for row in rows if row["against_value"] is not None]
+
+
+def _own(rows: list[Result]) -> Bar:
+    wanted = [row for row in rows if row["goal"]]
+    places = [place for row in wanted if (place := _place(row)) is not None]
+    lower = wanted[0]["goal"].startswith("≤")
+    missed = any(row["met"] is False for row in wanted)
+    verdict = f"goal {wanted[0]['goal'].replace('× against', '× the other')}{': missed' if missed else ''}"
+    place = (min if lower else max)(places)
+    return Bar(rows[0]["subject"], rows[0]["value"], "missed" if missed else "own", place, verdict)
+
+
+def _place(row: Result) -> float | None:
+    """Return where a goal is on the scale of the values; None if it is a ratio to what did not run."""
+    _, number, *unit = row["goal"].split()
+    goal = float(number.replace(",", ""))
+    if "against" not in unit:
+        return goal
+    return None if row["against_value"] is None else goal * row["against_value"]
+
+
+def _panel(title: str, unit: str, bars: list[Bar], top: int) -> Iterator[str]:
+    most = max(max(bar.value, bar.goal or 0.0) for bar in bars)
     note = "more is better" if unit == "/s" else "less is better"
-    parts = [
-        f'<text class="head" x="0" y="{top + 14}">{escape(name)}</text>',
-        f'<text class="note" x="{WIDTH}" y="{top + 14}" text-anchor="end">{note}</text>',
-    ]
-    y = top + 24
-    for label, value, kind in bars:
-        width = max(1.0, room * max(value, 0) / most)
-        parts += [
-            f'<text x="{NAME - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-            f'<rect class="{kind}" x="{NAME}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>',
-            f'<text x="{NAME + width + 6:.1f}" y="{y + 12}">{escape(value_text(value, unit))}</text>',
-        ]
-        y += STEP
-    if goal:
-        x = NAME + room * goal / most
-        parts.append(f'<line class="goal" x1="{x:.1f}" x2="{x:.1f}" y1="{top + 20}" y2="{y - 2}"/>')
-    return parts
+    yield _text("head", MARGIN, top + 18, title)
+    yield _text("note", WIDTH - MARGIN, top + 18, note, anchor="end")
+    for number, bar in enumerate(bars):
+        y = top + HEAD - 4 + number * STEP
+        width = max(1.0, ROOM * max(bar.value, 0.0) / most)
+        yield _text("", BARS - 8, y + 10, bar.label, anchor="end")
+        yield f'<rect class="{bar.kind}" x="{BARS}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>'
+        yield _text("", FIGURES, y + 10, value_text(bar.value, unit), anchor="end")
+        if bar.goal is not None:
+            x = BARS + ROOM * bar.goal / most
+            yield f'<line class="goal" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2}" y2="{y + BAR + 2}"/>'
+            yield _text("missed" if bar.kind == "missed" else "note", GOALS, y + 10, bar.verdict)
+
+
+def _text(kind: str, x: float, y: float, text: str, *, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -22,12 +22,12 @@ from trunkline.clock import Clock, offload, system_clock
 from trunkline.consumer import Consumer
 from trunkline.delivery import Deliverer, compile_routes
 from trunkline.errors import ConfigurationError, DefinitionError, TransportError, TrunklineError
-from trunkline.handler import Context, Handler, due_time, make_message
+from trunkline.handler import Context, Handler, check_allowed, due_time, make_message
 from trunkline.hooks import Hooks
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
 from trunkline.policies.retry import describe
-from trunkline.service import Service, System
+from trunkline.service import Background, Service, System
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, resolve
 from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
 
@@ -135,7 +135,9 @@ class App:
         self._tidying.add_done_callback(self._task_ended)
         for service in self.system.services:
             for background in service.backgrounds:
-                task = asyncio.create_task(self._background(background, self._running[service.name]))
+                resources = self._running[service.name].resources
+                running = Running(self, service, resources, background)
+                task = asyncio.create_task(self._background(background.function, running))
                 task.add_done_callback(self._task_ended)
                 self._backgrounds.append(task)
 
@@ -239,7 +241,8 @@ class App:
             loop.add_signal_handler(number, self._signalled, number)
         try:
             await self.start()
-            log.info("%s runs on %s", self.system.name, parse_address(self.transport_url).shown)
+            services = ", ".join(service.name for service in self.system.services)
+            log.info("%s runs on %s: %s", self.system.name, parse_address(self.transport_url).shown, services)
             try:
                 await self.ended()
             finally:
@@ -386,12 +389,18 @@ class Running:
 
     Attributes:
         resources: what `provide` opened, by type.
+
+    Handed to a background function that declares what it `publishes`, it refuses other types.
     """
 
-    def __init__(self, app: App, service: Service, resources: dict[Any, Any]) -> None:
+    def __init__(
+        self, app: App, service: Service, resources: dict[Any, Any], background: Background | None = None
+    ) -> None:
         self.app = app
         self.service = service
         self.resources = resources
+        self._owner = service.name if background is None else background.name
+        self._allowed = frozenset(background.gives) if background is not None and background.gives else None
 
     def resource(self, cls: type[T]) -> T:
         """Return the resource provided for `cls`.
@@ -403,7 +412,11 @@ class Running:
         return self.resources[cls]  # type: ignore[no-any-return]
 
     async def publish(self, payload: Any, **options: Any) -> str:
-        """Publish one message, confirmed when this returns; see App.publish."""
+        """Publish one message, confirmed when this returns; see App.publish.
+
+        Raises: PublishError E304 if its background function does not declare the type; else as App.publish.
+        """
+        check_allowed(payload, self._allowed, self._owner, background=True)
         return await self.app.publish(payload, **options)
 
     @contextlib.asynccontextmanager
@@ -414,7 +427,7 @@ class Running:
         Raises: TransportError if the commit was refused.
         """
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        unit = Unit((), partial(resolve, future), self.service.name)
+        unit = Unit((), partial(resolve, future), self._owner)
         unit.context = context = Context(
             unit=unit,
             store=self.app.store,
@@ -422,7 +435,7 @@ class Running:
             source=self.service.name,
             message=None,
             attempt=0,
-            allowed=None,
+            allowed=self._allowed,
             log=logging.getLogger(f"trunkline.handler.{self.service.name}"),
         )
         try:
@@ -461,14 +474,15 @@ def _channels(system: System) -> dict[str, Channel]:
     """Return every channel that a system reads or publishes to, by name."""
     channels: dict[str, Channel] = {}
     for service in system.services:
-        for handler in service.handlers:
-            found = [handler.channel]
-            found += [declared.channel for cls in handler.gives if (declared := message_type(cls)) is not None]
-            for channel in found:
-                if channels.setdefault(channel.name, channel) is not channel:
-                    raise DefinitionError(
-                        "E109", f"two channels are named {channel.name!r}", "share one object, or rename one of them"
-                    )
+        gives = [cls for handler in service.handlers for cls in handler.gives]
+        gives += [cls for background in service.backgrounds for cls in background.gives]
+        found = [handler.channel for handler in service.handlers]
+        found += [declared.channel for cls in gives if (declared := message_type(cls)) is not None]
+        for channel in found:
+            if channels.setdefault(channel.name, channel) is not channel:
+                raise DefinitionError(
+                    "E109", f"two channels are named {channel.name!r}", "share one object, or rename one of them"
+                )
     # Units of work outside handlers may publish to any declared channel, so the relay must know them all.
     for declared in message_types():
         channels.setdefault(declared.channel.name, declared.channel)

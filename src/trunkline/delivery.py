@@ -32,6 +32,8 @@ log = logging.getLogger("trunkline.delivery")
 MAX_CRASHES = 3
 """After so many more crashes while a message was in its handler it is set aside."""
 
+_IN_WORDS = {RetryLater: "tried again later", DeadLetter: "set aside", Discard: "dropped"}
+
 Call = Callable[[Any, Context | None], Any]
 
 
@@ -401,7 +403,7 @@ class Deliverer:
         message = delivery.message
         log.warning(
             "%s failed on %s %s, attempt %d: %s", route.name, "" if message is None else message.type,
-            "" if message is None else message.id, delivery.attempt, type(outcome).__name__, exc_info=error,
+            "" if message is None else message.id, delivery.attempt, _IN_WORDS.get(type(outcome), "done"), exc_info=error,
         )  # fmt: skip
 
     def _emit(self, kind: FactKind, delivery: Delivery, reason: str) -> None:

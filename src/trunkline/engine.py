@@ -30,6 +30,7 @@ from trunkline.errors import (
 )
 from trunkline.membership import Membership
 from trunkline.store import DuplicateSignal, Unit
+from trunkline.transport import unopened
 
 log = logging.getLogger("trunkline.engine")
 T = TypeVar("T")
@@ -151,7 +152,8 @@ class Engine:
     async def open(self) -> None:
         """Open or create the file and register this process.
 
-        Raises: ConfigurationError E203 if the file is not ours; TransportError E501 if it cannot be opened.
+        Raises: ConfigurationError E203 if the file is not ours, E225 if none can be there; TransportError E501 if it
+            cannot be opened.
         """
         self._loop = asyncio.get_running_loop()
         flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
@@ -163,9 +165,7 @@ class Engine:
         except apsw.NotADBError as error:
             raise ConfigurationError("E203", f"{self.path} is not a SQLite database", "name another file") from error
         except (apsw.CantOpenError, apsw.IOError, apsw.ReadOnlyError, apsw.FullError) as error:
-            raise TransportError(
-                "E501", f"{self.path} cannot be opened: {error}", "check that its folder exists and can be written"
-            ) from error
+            raise unopened(self.path, error) from error
         self._membership = Membership(self)
         self._thread = WorkerThread(f"trunkline-{Path(self.path).name}")
         self.process = await self._membership.register()

@@ -110,10 +110,10 @@ class Handler:
             self._parameter(parameter, hints)
         self.returns, self.optional = _given(hints.get("return", None), self.name, "return" in hints)
         self.gives = tuple(dict.fromkeys((*self.returns, *options.publishes)))
-        self.types = tuple(_declared(cls, f"{self.name} takes", E="E101") for cls in self.takes)
+        self.types = tuple(declaration(cls, f"{self.name} takes", E="E101") for cls in self.takes)
         self.channel = self._channel()
         for cls in self.gives:
-            _declared(cls, f"{self.name} publishes", E="E102")
+            declaration(cls, f"{self.name} publishes", E="E102")
 
     def _parameter(self, parameter: inspect.Parameter, hints: dict[str, Any]) -> None:
         hint = hints.get(parameter.name)
@@ -270,17 +270,28 @@ class Context:
         self, payload: Any, to: Channel | None, key: str | None, due: float | None, attributes: dict[str, Any]
     ) -> Staged:
         self._check_open()
-        if self._allowed is not None and type(payload) not in self._allowed:
-            raise PublishError(
-                "E304",
-                f"{self._unit.owner} publishes {type(payload).__name__}, which its declaration does not say",
-                f"add it to the return annotation or to handle(publishes=({type(payload).__name__},))",
-            )
+        check_allowed(payload, self._allowed, self._unit.owner, background=self.message is None)
         staged = make_message(payload, self._clock, self._source, to, key, self.message, attributes)
         if due is not None:
             staged = Staged(staged.channel, staged.message, due)
         self._unit.stage(staged)
         return staged
+
+
+def check_allowed(payload: Any, allowed: frozenset[type] | None, owner: str, *, background: bool) -> None:
+    """Refuse what the declaration of `owner`, a handler or background function, does not say.
+
+    Raises: PublishError E304.
+    """
+    if allowed is not None and type(payload) not in allowed:
+        name = type(payload).__name__
+        raise PublishError(
+            "E304",
+            f"{owner} publishes {name}, which its declaration does not say",
+            f"add it to background(publishes=({name},))"
+            if background
+            else f"add it to the return annotation or to handle(publishes=({name},))",
+        )
 
 
 def make_message(
@@ -449,7 +460,11 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _declared(cls: type, who: str, *, E: str) -> MessageType:  # noqa: N803 - the error's code
+def declaration(cls: type, who: str, *, E: str) -> MessageType:  # noqa: N803 - the error's code
+    """Return what is declared for a class.
+
+    Raises: DefinitionError of code `E` if nothing is; `who` begins its text.
+    """
     declared = message_type(cls)
     if declared is None:
         raise DefinitionError(

@@ -61,11 +61,16 @@ class Hooks:
                 log.exception("observer %r failed on %r", observer, fact)
 
 
+WORDS: dict[FactKind, str] = {"buried": "set aside"}
+"""What a kind is called in the log, where people know it by another name."""
+
+
 def log_fact(fact: Fact) -> None:
     """Write a fact to the `trunkline` logger: what needs a human as a warning, the rest as info."""
     level = logging.WARNING if fact.kind in {"buried", "paused", "slow"} else logging.INFO
     log.log(
         level,
         "%s %s %s on %s/%s attempt %d: %s",
-        fact.kind, fact.message_type, fact.message_id, fact.subscription, fact.channel, fact.attempt, fact.reason,
+        WORDS.get(fact.kind, fact.kind), fact.message_type, fact.message_id, fact.subscription, fact.channel,
+        fact.attempt, fact.reason,
     )  # fmt: skip

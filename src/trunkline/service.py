@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import msgspec
+
 from trunkline.channel import Channel, MessageType, Queue, check_name, message_type
 from trunkline.errors import DefinitionError
-from trunkline.handler import Batch, Handler, Options
+from trunkline.handler import Batch, Handler, Options, declaration
 from trunkline.policies.retry import Retry
 
 if TYPE_CHECKING:
@@ -21,7 +23,23 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
-Background = Callable[["Running"], "Coroutine[Any, Any, None]"]
+
+
+class Background(msgspec.Struct, frozen=True):
+    """A function that runs beside the handlers.
+
+    Attributes:
+        gives: payload types it may publish; empty when nothing was said, and then it may publish any.
+    """
+
+    function: Callable[[Running], Coroutine[Any, Any, None]]
+    gives: tuple[type, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return `module.function`, for messages to people."""
+        function = self.function
+        return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 class Service:
@@ -124,13 +142,28 @@ class Service:
         """Declare the service's own tables; run at each start, so write CREATE TABLE IF NOT EXISTS."""
         self.statements += statements
 
-    def background(self, function: F) -> F:
+    @overload
+    def background(self, function: F, /) -> F: ...
+    @overload
+    def background(self, /, *, publishes: Sequence[type] = ()) -> Callable[[F], F]: ...
+    def background(self, function: Any = None, /, *, publishes: Sequence[type] = ()) -> Any:
         """Run `function(running)` beside the handlers while the service is up, such as a web server.
 
         When it fails the service stops with its error; when the service stops it is cancelled.
+
+        Args:
+            publishes: types it publishes; `running` then refuses others, and a topology shows them.
+        Raises: DefinitionError E102 for a type that is not declared.
         """
-        self.backgrounds.append(function)
-        return function
+
+        def register(function: F) -> F:
+            background = Background(function, tuple(publishes))
+            for cls in background.gives:
+                declaration(cls, f"{background.name} publishes", E="E102")
+            self.backgrounds.append(background)
+            return function
+
+        return register if function is None else register(function)
 
     def check(self) -> None:
         """Refuse what cannot run.

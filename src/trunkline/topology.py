@@ -6,7 +6,7 @@ Read next: cli/topology.py, cli/drawing.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -22,7 +22,7 @@ class Link(msgspec.Struct, frozen=True):
 
     Attributes:
         message: CloudEvents type.
-        handler: `module.function`.
+        handler: `module.function`; of a publication it may be a background function.
         subscription: name of the reader; empty for a publication.
     """
 
@@ -48,7 +48,8 @@ class ServiceNode(msgspec.Struct, frozen=True):
 
     Attributes:
         resources: types it provides to its handlers.
-        background: functions that run beside the handlers; what they publish no signature tells.
+        background: functions that run beside the handlers, `module.function`; what they publish is known as far as
+            `background(publishes=...)` says it.
     """
 
     name: str
@@ -87,25 +88,32 @@ def describe(system: System) -> Topology:
             reader, channel_name = service.reader_of(handler)
             names = [declared.name for declared in handler.types] or [EVERY]
             handles += [Link(service.name, channel_name, name, handler.name, reader) for name in names]
-            for cls in handler.gives:
-                declared = message_type(cls)
-                if declared is not None:
-                    channels.setdefault(declared.channel.name, declared.channel)
-                    publishes.append(Link(service.name, declared.channel.name, declared.name, handler.name))
+            publishes += _publications(service, handler.name, handler.gives, channels)
+        for background in service.backgrounds:
+            publishes += _publications(service, background.name, background.gives, channels)
     return Topology(
         system.name,
         [_service(service) for service in system.services],
         [_channel(channel) for channel in channels.values()],
-        publishes,
+        list(dict.fromkeys(publishes)),  # a function that is declared several times publishes each type once
         handles,
     )
+
+
+def _publications(
+    service: Service, function: str, gives: Iterable[type], channels: dict[str, Channel]
+) -> Iterator[Link]:
+    """Yield what a function publishes; add where it goes to `channels`."""
+    for declared in filter(None, map(message_type, gives)):
+        channels.setdefault(declared.channel.name, declared.channel)
+        yield Link(service.name, declared.channel.name, declared.name, function)
 
 
 def _service(service: Service) -> ServiceNode:
     return ServiceNode(
         service.name,
         [getattr(cls, "__name__", repr(cls)) for cls in service.factories],
-        [function.__qualname__ for function in service.backgrounds],
+        [background.name for background in service.backgrounds],
     )
 
 

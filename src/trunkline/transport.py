@@ -7,15 +7,16 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
-from importlib.metadata import entry_points
-from typing import Any, Protocol, TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError
+from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.message import Message
 
 LIVE = 0
@@ -171,19 +172,51 @@ class Address(msgspec.Struct, frozen=True):
 def parse_address(url: str) -> Address:
     """Take a URL apart.
 
-    Raises: ConfigurationError E201 if it is not one.
+    Raises: ConfigurationError E201 if it is not one, E206 if a file stands in it where none is looked for.
     """
     parts = urlsplit(url)
     if not parts.scheme:
         raise ConfigurationError(
             "E201", f"{url!r} is not a URL", "such as sqlite:///shop.db, sqlite:////var/lib/shop.db or memory:"
         )
+    if parts.scheme == "sqlite":
+        _check_slashes(url.partition(":")[2].partition("?")[0])
     slashes = "//" if "://" in url else ""
     shown = f"{parts.scheme}:{slashes}{parts.hostname or ''}{parts.path}"
     return Address(parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)), shown)
 
 
-A = TypeVar("A")
+def _check_slashes(place: str) -> None:
+    """Refuse one or two slashes before a file: whether a relative or an absolute path is meant nobody can tell."""
+    slashes = len(place) - len(place.lstrip("/"))
+    if slashes in (1, 2) and len(place) > slashes:
+        name = place.lstrip("/")
+        raise ConfigurationError(
+            "E206",
+            f"sqlite:{place} has {slashes} slash{'es' * (slashes > 1)} before the file; three are needed",
+            f"write sqlite:///{name} for a file in the current folder, sqlite:////{name} for an absolute path",
+        )
+
+
+def unopened(path: str, error: Exception) -> TrunklineError:
+    """Return why the file at `path` cannot be opened: E225 where no file can be, else E501.
+
+    Args:
+        error: what SQLite said.
+    """
+    place = Path(path)
+    try:
+        if place.is_dir():
+            return ConfigurationError("E225", f"{path} is a directory", f"name a file in it: {place / 'shop.db'}")
+        if not place.parent.is_dir():
+            if place.parent.exists():
+                return ConfigurationError("E225", f"{place.parent} is no folder for {place.name}", "name another one")
+            return ConfigurationError(
+                "E225", f"folder {place.parent} of {place.name} does not exist", "create it, or name another one"
+            )
+    except OSError as denied:
+        error = denied
+    return TransportError("E501", f"{path} cannot be opened: {error}", "check that it and its folder can be written")
 
 
 def load_adapter(group: str, url: str, clock: Clock) -> Any:
@@ -191,16 +224,23 @@ def load_adapter(group: str, url: str, clock: Clock) -> Any:
 
     Args:
         group: entry point group, `trunkline.transports` or `trunkline.stores`.
-    Raises: ConfigurationError E201 or E202.
+    Raises: ConfigurationError E201, E202 or E206.
     """
     address = parse_address(url)
+    return find_adapter(group, address).load()(address, clock)
+
+
+def find_adapter(group: str, address: Address) -> EntryPoint:
+    """Return where the transport or store of an address is.
+
+    Raises: ConfigurationError E202 if nothing that is installed brings it.
+    """
     found = {point.name: point for point in entry_points(group=group)}
-    point = found.get(address.scheme)
-    kind = group.rpartition(".")[2].removesuffix("s")
-    if point is None:
+    if address.scheme not in found:
         raise ConfigurationError(
             "E202",
-            f"no {kind} for {address.scheme!r}",
-            f"installed are: {', '.join(sorted(found))}; others come with an extra or a package of their own",
+            f"no {group.rpartition('.')[2].removesuffix('s')} for {address.scheme!r}",
+            f"installed are: {', '.join(sorted(found))}; another comes with a package that has an entry point"
+            f" in the group {group}",
         )
-    return point.load()(address, clock)
+    return found[address.scheme]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,3 +34,10 @@ def test_blocks_of_the_page_run(page, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(runner.pid, signal.SIGKILL)
     assert runner.returncode == 0, output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_line_before_each_file_of_the_page_names_it(page):
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line]
+    files = {number: found[1] for number, line in enumerate(lines) if (found := re.match(r"<!-- file: (.*) -->", line))}
+    assert [name for number, name in files.items() if f"`{name}`" not in lines[number - 1]] == []

@@ -176,6 +176,8 @@ CASES = [
     ("E204", "a file system without write-ahead logging", "start(App(payment, 'sqlite:///shop.db?vfs=unix-none'))"),
     ("E205", "a file of a newer release", "start(App(payment, 'sqlite:///newer.db'))"),
     ("E206", "`sqlite:` without a file", "App(payment, 'sqlite:')"),
+    ("E206", "`sqlite:` with two slashes", "App(payment, 'sqlite://shop.db')"),
+    ("E206", "`sqlite:` with one slash", "App(payment, 'sqlite:/var/lib/shop.db')"),
     ("E206", "`memory:` with more", "App(payment, 'memory:shop')"),
     (
         "E207",
@@ -201,7 +203,10 @@ CASES = [
         "@payment.handle\nasync def charge(order: OrderPlaced) -> None: ...\n"
         "start(App(payment, 'sqlite:///shop.db'), App(payment, 'sqlite:///shop.db'))",
     ),
-    ("E501", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
+    ("E225", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
+    ("E225", "a file where the folder should be", "start(App(payment, 'sqlite:///notes.txt/shop.db'))"),
+    ("E225", "a directory in place of the file", "start(App(payment, 'sqlite:///data'))"),
+    ("E501", "a file that cannot be opened", "start(App(payment, 'sqlite:///loop.db'))"),
 ]
 
 
@@ -229,6 +234,8 @@ def shown(text):
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("Not a database, but long enough to be looked at as if it were one. " * 20, "utf-8")
+    Path("data").mkdir()
+    Path("loop.db").symlink_to("loop.db")
     newer = sqlite3.connect("newer.db")
     newer.execute("PRAGMA user_version = 99")
     newer.close()

@@ -769,7 +769,7 @@ async def test_a_failure_is_logged_with_message_handler_attempt_and_outcome(rig,
     async with rig.run(service) as app:
         message_id = await app.publish(job("a", 1))
         await rig.buried()
-        assert f"work failed on job {message_id}, attempt 1: DeadLetter" in caplog.text
+        assert f"work failed on job {message_id}, attempt 1: set aside" in caplog.text
 
 
 async def test_a_message_handled_before_a_restart_is_not_handled_again(file_rig, job):

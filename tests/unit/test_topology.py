@@ -6,8 +6,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from trunkline import Message, Queue, Service, Stream, Struct, System
+from trunkline import App, Message, Queue, Service, Stream, Struct, System
 from trunkline.cli.drawing import to_svg
+from trunkline.errors import DefinitionError, PublishError
 from trunkline.topology import EVERY, Topology, describe, to_mermaid
 
 orders = Stream("topology-orders", key="order_id")
@@ -26,6 +27,11 @@ class Paid(Struct):
 
 @jobs.command
 class Pack(Struct):
+    order_id: str
+
+
+@jobs.command
+class Label(Struct):
     order_id: str
 
 
@@ -66,6 +72,95 @@ def test_it_knows_channels_subscriptions_and_background_tasks(topology):
         ("audit", "audit", EVERY),
     }
     assert [service.background[0].rpartition(".")[2] for service in topology.services if service.background] == ["site"]
+
+
+@pytest.fixture
+def site() -> Service:
+    """A service whose background function publishes in both ways, what it declares and what not."""
+    site = Service("site")
+
+    @site.background(publishes=(Placed,))
+    async def serve(running) -> None:
+        await running.publish(Placed("1"))
+        with pytest.raises(PublishError, match=r"E304 .*serve publishes Paid, .*background\(publishes=\(Paid,\)\)"):
+            await running.publish(Paid("1"))
+        async with running.unit_of_work() as ctx:
+            ctx.publish(Placed("2"))
+            with pytest.raises(PublishError, match=r"E304 .*background\(publishes=\(Paid,\)\)"):
+                ctx.publish(Paid("2"))
+        running.app._ended.set_result(None)
+
+    return site
+
+
+def test_what_a_background_task_declares_is_shown_in_every_format(site):
+    packing = Service("packing")
+
+    @packing.handle
+    async def pack(order: Placed) -> None: ...
+
+    found = describe(System("shop", [site, packing]))
+    assert found.ends("topology-orders", "placed") == (["site"], ["packing"])
+    assert '    s0 -- "placed" --> c0' in to_mermaid(found)
+    drawn = to_svg(found)
+    assert "(outside)" not in drawn
+    assert ">site</text>" in drawn
+
+
+async def test_a_background_task_that_says_what_it_publishes_may_publish_nothing_else(site):
+    async with App(site, "memory:") as app:
+        await app.ended()
+
+
+async def test_a_background_task_that_says_nothing_may_publish_anything():
+    site = Service("site")
+
+    @site.background
+    async def serve(running) -> None:
+        await running.publish(Paid("1"))
+        running.app._ended.set_result(None)
+
+    async with App(site, "memory:") as app:
+        await app.ended()
+
+
+def test_a_background_task_cannot_declare_what_no_channel_knows():
+    class Undeclared(Struct):
+        name: str
+
+    with pytest.raises(DefinitionError, match=r"E102 .*serve publishes Undeclared"):
+
+        @Service("site").background(publishes=(Undeclared,))
+        async def serve(running) -> None: ...
+
+
+async def test_a_background_task_cannot_publish_to_a_second_channel_of_one_name():
+    again = Stream("topology-orders")
+
+    @again.event
+    class Other(Struct):
+        name: str
+
+    site = Service("site")
+
+    @site.handle
+    async def charge(order: Placed) -> None: ...
+
+    @site.background(publishes=(Other,))
+    async def serve(running) -> None: ...
+
+    with pytest.raises(DefinitionError, match="E109"):
+        await App(site, "memory:").start()
+
+
+def test_a_function_that_is_declared_several_times_publishes_each_type_once():
+    mixed = Service("mixed")
+
+    @mixed.handle(from_=orders, publishes=(Label,))
+    @mixed.handle(from_=jobs, publishes=(Label,))
+    async def note(message: Message) -> None: ...
+
+    assert [link.message for link in describe(System("shop", [mixed])).publishes] == ["label"]
 
 
 def test_mermaid_has_a_node_per_service_and_channel_and_messages_on_the_arrows(topology):

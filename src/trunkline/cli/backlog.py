@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trunkline.cli import options
-from trunkline.cli.terminal import ago, print_json, stdout, table
+from trunkline.cli.terminal import ago, fits, print_json, stdout, table
 from trunkline.config import Settings, load_settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from trunkline.cli.embedded import SubscriptionBacklog
 
@@ -68,11 +69,19 @@ def _watch(settings: Settings, *, as_json: bool) -> None:
 
 
 def _table(rows: list[SubscriptionBacklog]) -> RenderableType:
+    """Return the table; where it is too wide, names are broken before the channel and not inside a word."""
+    if not rows:
+        return "no subscriptions in this file"
+    made = _lines(rows, "@")
+    return made if fits(made) else _lines(rows, "\n@")
+
+
+def _lines(rows: list[SubscriptionBacklog], at: str) -> Table:
     numbers = ("Waiting", "In flight", "Parked", "Dead", "Oldest")
     made = table("Subscription", "Kind", *numbers, right=numbers)
     for row in rows:
         made.add_row(
-            row.subscription,
+            row.subscription.replace("@", at),
             row.kind,
             str(row.waiting),
             "-" if row.in_flight is None else str(row.in_flight),
@@ -81,4 +90,4 @@ def _table(rows: list[SubscriptionBacklog]) -> RenderableType:
             "-" if row.oldest_s is None else ago(row.oldest_s),
             style="red" if row.dead else None,
         )
-    return made if rows else "no subscriptions in this file"
+    return made

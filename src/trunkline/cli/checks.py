@@ -93,7 +93,7 @@ def settings_checks(settings: Settings) -> Iterator[Check]:
         try:
             adapter = load_adapter(f"trunkline.{name}s", url, system_clock)
         except TrunklineError as error:
-            yield Check("settings", name, "fail", str(error), error.hint)
+            yield Check("settings", name, "fail", f"{error.code} {error.message}", error.hint)
             continue
         shown = f"{parse_address(url).shown} (from {settings.origin[name]})"
         capabilities = getattr(adapter, "capabilities", None)
@@ -148,7 +148,9 @@ def _inside(area: str, file: EmbeddedFile, *, integrity: bool) -> Iterator[Check
     else:
         yield Check(area, "integrity", "warn", "not checked", "leave out --no-integrity")
     yield from _processes(area, file)
-    dead = sum(dead for _, dead in file.set_aside().values())
+    parked, dead = (sum(counts[n] for counts in file.set_aside().values()) for n in range(2))
+    if parked:
+        yield Check(area, "parked", "warn", f"{parked} wait for a next try or behind another", "trunkline parked")
     if dead:
         yield Check(area, "dead letters", "warn", str(dead), "trunkline dead list")
 

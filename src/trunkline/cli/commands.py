@@ -13,21 +13,30 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from trunkline.cli import backlog, dead, doctor, new, publish, run, tail, topology
-from trunkline.cli.terminal import exit_code, report
+from trunkline.cli import backlog, dead, doctor, new, parked, publish, run, tail, topology
+from trunkline.cli.terminal import exit_code, plain, report
 from trunkline.errors import TrunklineError
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
+ORDER = ("run", "topology", "publish", "tail", "backlog", "parked", "dead", "doctor", "new")
+"""Of the commands in the help: what one needs first comes first, what belongs together stands together."""
 
 
 class Commands(TyperGroup):
     """The top of the command line: turns errors into lines and exit codes."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands as the help lists them."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
     def invoke(self, ctx: Any) -> Any:
         """Run one command."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = plain(error)
+            raise
         except TrunklineError as error:
             report(error, with_traceback=bool(ctx.params.get("traceback") or os.environ.get("TRUNKLINE_DEBUG")))
             raise typer.Exit(exit_code(error)) from None
@@ -72,7 +81,7 @@ def _options(
     The transport and the store come from --transport and --store, else TRUNKLINE_TRANSPORT and
     TRUNKLINE_STORE, else trunkline.toml in the current folder, else sqlite:///trunkline.db.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 try again later.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, configuration or declarations, 75 try again later.
     """
 
 
@@ -81,6 +90,7 @@ app.command("topology")(topology.topology)
 app.command("publish")(publish.publish)
 app.command("tail")(tail.tail)
 app.command("backlog")(backlog.backlog)
+app.command("parked")(parked.parked)
 app.add_typer(dead.app, name="dead")
 app.command("doctor")(doctor.doctor)
 app.command("new")(new.new)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trunkline.cli import options
-from trunkline.cli.dead_view import details, summary_table
+from trunkline.cli.dead_view import details, write_list
 from trunkline.cli.terminal import print_json, stderr, stdout
 from trunkline.config import Settings, load_settings
 from trunkline.errors import DeadLetterError
@@ -21,7 +21,10 @@ from trunkline.errors import DeadLetterError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from trunkline.cli.dead_edit import Change
     from trunkline.cli.embedded import EmbeddedFile
+    from trunkline.cli.target import Target
+    from trunkline.store import DeadLetterRow
 
 app = typer.Typer(
     help="Look at dead letters, correct them, give them back, drop them.", no_args_is_help=True, rich_markup_mode=None
@@ -55,7 +58,7 @@ def list_(
     elif not rows:
         stdout().print("no dead letters")
     else:
-        stdout().print(summary_table(rows))
+        write_list(rows)
         if len(numbers) > len(rows):
             stderr().print(f"{len(numbers)} in all; --limit shows more")
 
@@ -68,7 +71,10 @@ def show(
     store: options.Store = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show one dead letter: why, how often it was tried, its envelope and payload, what waits behind it."""
+    """Show one dead letter in full.
+
+    Why and how often it was tried, its envelope and payload, the traceback, what waits behind it.
+    """
     from trunkline.cli.dead_view import write
 
     with _store_file(load_settings(transport=transport, store=store)) as file:
@@ -80,8 +86,9 @@ def show(
 
 
 @app.command()
-def edit(
+def edit(  # noqa: PLR0913 - one parameter per option
     number: Annotated[int, typer.Argument(metavar="NUMBER", help="As shown by `list`.")],
+    target: options.Target = None,
     *,
     data: Data = None,
     message_type: Annotated[
@@ -95,14 +102,19 @@ def edit(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Correct a dead letter; it stays set aside until it is redriven, unless --redrive.
+    """Correct a dead letter.
+
+    It stays set aside until it is redriven, unless --redrive. With MODULE:OBJECT, or `app` in trunkline.toml, a
+    payload that does not fit its type is refused; otherwise it is not checked, and this says so.
 
     Without --data the payload opens in $VISUAL or $EDITOR. The message keeps its id, so what has handled it
     does not handle it again. For an unreadable envelope give --type and --data: a new envelope is made.
     """
     from trunkline.cli.dead_edit import Change, edited, editor_text, payload_argument
+    from trunkline.cli.target import load_target
 
-    settings = load_settings(transport=transport, store=store)
+    settings = load_settings(transport=transport, store=store, app=target)
+    app = None if settings.app is None else load_target(settings)
     with _store_file(settings) as file:
         row = file.dead_letter(number)
     payload = None if data is None else payload_argument(data)
@@ -110,13 +122,16 @@ def edit(
         if not sys.stdin.isatty():
             raise typer.BadParameter("say what changes: --data JSON, --data @FILE, --type, --key or --schema-version")
         payload = editor_text(row)
-    envelope, changes = edited(row, Change(payload, message_type, key, schema_version))
+    change = Change(payload, message_type, key, schema_version)
+    envelope, changes = edited(row, change)
     if not changes and not redrive:
         typer.echo(f"{number}: nothing changed")
         return
+    if changes:
+        _check(row, change, envelope, app)
     asyncio.run(_store_edit(settings, number, envelope, redrive=redrive))
-    for change in changes:
-        typer.echo(f"{number}: {change}")
+    for line in changes:
+        typer.echo(f"{number}: {line}")
     typer.echo(
         f"{number}: given back" if redrive else f"{number}: saved; give it back with: trunkline dead redrive {number}"
     )
@@ -133,7 +148,10 @@ def redrive(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Give dead letters back to their subscriptions, as first tries; what waits behind them follows in order."""
+    """Give dead letters back to their subscriptions.
+
+    They are handled as first tries; what waits behind them follows in order.
+    """
     settings = load_settings(transport=transport, store=store)
     chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
     done = asyncio.run(_each(settings, chosen, "redrive", rate))
@@ -151,7 +169,10 @@ def discard(
     transport: options.Transport = None,
     store: options.Store = None,
 ) -> None:
-    """Drop dead letters for good; what waits behind them goes on without them."""
+    """Drop dead letters for good.
+
+    What waits behind them goes on without them.
+    """
     settings = load_settings(transport=transport, store=store)
     chosen = _chosen(settings, numbers or [], subscription, message_type, everything=everything)
     if chosen and not yes:
@@ -162,9 +183,23 @@ def discard(
 
 
 def _store_file(settings: Settings) -> EmbeddedFile:
-    from trunkline.cli.embedded import open_file
+    from trunkline.cli.embedded import open_store
 
-    return open_file(settings.store, "--store" if settings.store != settings.transport else "--transport")
+    return open_store(settings)
+
+
+def _check(row: DeadLetterRow, change: Change, envelope: bytes, app: Target | None) -> None:
+    """Refuse a changed payload that does not fit its type; say so when nothing here knows the type.
+
+    Raises: DecodeError, such as E412.
+    """
+    from trunkline.cli.dead_edit import check
+
+    if change.data is None and change.type is None and change.schema_version is None:
+        return
+    unknown = "no MODULE:OBJECT is named" if app is None else check(row, envelope, app.name)
+    if unknown:
+        stderr().print(f"{row.number}: not checked whether the payload fits its type: {unknown}")
 
 
 def _chosen(

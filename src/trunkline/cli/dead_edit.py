@@ -14,11 +14,13 @@ from typing import Any
 
 import msgspec
 
+from trunkline.channel import MessageType, message_types
+from trunkline.cli.publish import fields_of
 from trunkline.cli.tail import read
 from trunkline.cli.terminal import printable
 from trunkline.clock import system_clock
-from trunkline.errors import ConfigurationError, DeadLetterError
-from trunkline.message import JSON, Message, pack
+from trunkline.errors import ConfigurationError, DeadLetterError, DecodeError
+from trunkline.message import JSON, Message, pack, unpack
 from trunkline.store import DeadLetterRow
 
 
@@ -66,6 +68,33 @@ def _new_envelope(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]
         partitionkey=row.key if change.key is None else change.key, schemaversion=change.schema_version or 1,
     )  # fmt: skip
     return pack(message), [f"new envelope of type {printable(change.type)} with id {message.id}"]
+
+
+def check(row: DeadLetterRow, envelope: bytes, app: str) -> str | None:
+    """Refuse a payload that is not of its type; return why that cannot be told, or None.
+
+    Args:
+        envelope: as it is to be stored.
+        app: what was imported, for people.
+    Raises: DecodeError E410 to E414.
+    """
+    message = unpack(envelope)
+    declared = _declared(message.type, row.channel)
+    if declared is None:
+        return f"{app} declares no type {printable(message.type, limit=120)!r}"
+    try:
+        declared.decode(message)
+    except DecodeError as error:
+        raise DecodeError(
+            error.code, f"dead letter {row.number}: {error.message}", error.hint or fields_of(declared)
+        ) from error
+    return None
+
+
+def _declared(name: str, channel: str) -> MessageType | None:
+    """Return what is declared under a name, on that channel if there."""
+    known = [declared for declared in message_types() if declared.name == name]
+    return next((declared for declared in known if declared.channel.name == channel), next(iter(known), None))
 
 
 def difference(old: Any, new: Any, path: str = "data") -> list[str]:

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from trunkline.cli.tail import clock_time, read
-from trunkline.cli.terminal import ago, printable, table
+from trunkline.cli.terminal import ago, printable, write_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from trunkline.message import Message
     from trunkline.store import DeadLetterRow
@@ -23,31 +22,28 @@ SHOWN_BYTES = 16 * 1024
 """Longest payload that `show` prints whole."""
 
 
-def summary_table(rows: Iterable[DeadLetterRow]) -> Table:
-    """Return one line per dead letter."""
-    from rich.text import Text
-
+def write_list(rows: Iterable[DeadLetterRow]) -> None:
+    """Print one line per dead letter, two where the terminal is narrow."""
     from trunkline.clock import system_clock
 
     now = system_clock.now()
-    made = table(
-        "No", "Subscription", "Type", "Key", "Reason", "Tries", "Behind", "Age", right=("No", "Tries", "Behind", "Age")
-    )
-    for name in ("No", "Tries", "Behind", "Age"):
-        column = next(column for column in made.columns if column.header == name)
-        column.no_wrap = True
-    for row in rows:
-        made.add_row(
+    lines = [
+        (
             str(row.number),
             row.subscription,
-            Text(printable(row.message_type, limit=60) or "(unreadable)"),
-            Text("-" if row.key is None else printable(row.key, limit=40)),
-            Text(printable(_reason(row), limit=160)),
+            printable(row.message_type, limit=60) or "(unreadable)",
+            "-" if row.key is None else printable(row.key, limit=40),
+            printable(_reason(row), limit=160),
             str(row.attempt),
             str(row.waiting) if row.holds else "-",
             ago(now - row.at),
         )
-    return made
+        for row in rows
+    ]
+    write_rows(
+        ("No", "Subscription", "Type", "Key", "Reason", "Tries", "Behind", "Age"), lines,
+        right=("No", "Tries", "Behind", "Age"), below=("Reason",),
+    )  # fmt: skip
 
 
 def _reason(row: DeadLetterRow) -> str:

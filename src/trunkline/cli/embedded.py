@@ -7,7 +7,7 @@ Never does: change anything (actions.py). Read next: tail.py, backlog.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,12 +15,14 @@ from typing import Any, Self
 import apsw
 import msgspec
 
+from trunkline.cli.tail import read
+from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
-from trunkline.message import unpack
+from trunkline.message import Message
 from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
-from trunkline.transport import parse_address
+from trunkline.transport import find_adapter, parse_address, unopened
 from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
 
 BUSY_MS = 5000
@@ -54,9 +56,9 @@ class SubscriptionBacklog(msgspec.Struct, frozen=True):
         subscription: `name@channel`.
         waiting: not yet handled, those in flight included.
         in_flight: of these, handed to a process; None where the file does not say (Streams).
-        parked: waiting for their next try, or behind one that does.
+        parked: waiting for their next try, behind one that does, or behind a dead letter.
         dead: set aside.
-        oldest_s: age of the oldest waiting message; None if nothing waits.
+        oldest_s: age of the oldest message that waits or is parked; None if there is none.
     """
 
     subscription: str
@@ -67,6 +69,29 @@ class SubscriptionBacklog(msgspec.Struct, frozen=True):
     parked: int
     dead: int
     oldest_s: float | None
+
+
+class ParkedRow(msgspec.Struct, frozen=True):
+    """A parked message that its subscription tries next, or would if no dead letter held its key.
+
+    Attributes:
+        subscription: `name@channel`.
+        message: its envelope, or None if it cannot be read.
+        due: when it is tried, seconds since the epoch.
+        attempt: failures so far.
+        reason: why it was parked.
+        behind: how many of its key wait behind it; None where nothing does, without order per key.
+        held_by: number of the dead letter that it waits behind, if it does.
+    """
+
+    subscription: str
+    message: Message | None
+    key: str | None
+    due: float
+    attempt: int
+    reason: str
+    behind: int | None
+    held_by: int | None
 
 
 class ProcessRow(msgspec.Struct, frozen=True):
@@ -82,9 +107,12 @@ class ProcessRow(msgspec.Struct, frozen=True):
 def file_path(url: str, option: str = "--transport") -> str:
     """Return the path of the embedded file that `url` names.
 
-    Raises: ConfigurationError E230 if it names something else.
+    Raises: ConfigurationError E230 if it names something else, E206 if no file, E202 if nothing installed knows it.
     """
     address = parse_address(url)
+    find_adapter(f"trunkline.{option.removeprefix('--')}s", address)
+    if address.scheme == "sqlite" and not address.path:
+        raise ConfigurationError("E206", "sqlite: without a file", f"such as {option} sqlite:///shop.db")
     if address.scheme != "sqlite":
         raise ConfigurationError(
             "E230",
@@ -97,15 +125,15 @@ def file_path(url: str, option: str = "--transport") -> str:
 def existing_file(url: str, option: str = "--transport") -> str:
     """Return the path of an embedded file that exists.
 
-    Raises: ConfigurationError E230 or E231; nothing is created.
+    Raises: ConfigurationError E202, E206, E225, E230 or E231; nothing is created.
     """
     path = file_path(url, option)
+    if Path(path).is_dir():
+        raise unopened(path, IsADirectoryError())
     if not Path(path).is_file():
         raise ConfigurationError(
             "E231",
-            f"{path or url} does not exist in {Path.cwd()}"
-            if not Path(path).is_absolute()
-            else f"{path} does not exist",
+            f"{path} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
             f"start a service on it first, or name the right file: {option} sqlite:///shop.db",
         )
     return path
@@ -114,9 +142,17 @@ def existing_file(url: str, option: str = "--transport") -> str:
 def open_file(url: str, option: str = "--transport") -> EmbeddedFile:
     """Open an existing embedded file to read it.
 
-    Raises: ConfigurationError E230, E231 or E232; TransportError E501.
+    Raises: ConfigurationError E202, E203, E206, E225, E230, E231 or E232; TransportError E501.
     """
     return EmbeddedFile(existing_file(url, option))
+
+
+def open_store(settings: Settings) -> EmbeddedFile:
+    """Open the existing file of the store to read it.
+
+    Raises: as `open_file`.
+    """
+    return open_file(settings.store, "--store" if settings.store != settings.transport else "--transport")
 
 
 class EmbeddedFile:
@@ -133,13 +169,12 @@ class EmbeddedFile:
         except apsw.NotADBError as error:
             raise ConfigurationError("E203", f"{path} is not a SQLite database", "name another file") from error
         except apsw.Error as error:
-            raise TransportError(
-                "E501", f"{path} cannot be opened: {error}", "check that it and its folder can be read"
-            ) from error
+            raise unopened(path, error) from error
         if "trunkline_process" not in self._tables:
             self.connection.close()
+            what = "a SQLite database that no Trunkline service has used" if Path(path).stat().st_size else "empty"
             raise ConfigurationError(
-                "E232", f"{path} is a SQLite database that no Trunkline service has used", "name the file of a service"
+                "E232", f"{path} is {what}", "start a service on it first, or name the file of a service"
             )
 
     def __enter__(self) -> Self:
@@ -252,7 +287,7 @@ class EmbeddedFile:
                 # A queue's row carries its own name; who owns it is what the store knows.
                 labels = [label for label in store.labels() if label.endswith(f"@{channel}")] or labels
             counts = count_backlog(self.connection, number, stream=kind == "stream")
-            oldest = self._oldest(number, kind) if counts.waiting else None
+            oldest = _least((self._oldest(number, kind) if counts.waiting else None, store.oldest_parked(labels)))
             parked, dead = (sum(aside.get(label, (0, 0))[n] for label in labels) for n in range(2))
             found.append(
                 SubscriptionBacklog(
@@ -278,10 +313,34 @@ class EmbeddedFile:
         if kind == "stream":
             return oldest(self.connection, number)
         rows = read_queue(self.connection, number, 0, 1)
-        try:
-            return unpack(rows[0][1]).time if rows else None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None  # an unreadable envelope has no time; `tail` shows it
+        return _time(rows[0][1]) if rows else None
+
+    # --- parked messages ---
+
+    def oldest_parked(self, labels: list[str]) -> float | None:
+        """Return the time of the oldest parked message of some subscriptions, or None."""
+        if "trunkline_parked" not in self._tables:
+            return None
+        rows = self.rows(
+            "SELECT (SELECT event FROM trunkline_parked WHERE reader = r.id ORDER BY position LIMIT 1)"
+            " FROM trunkline_reader r WHERE r.label IN (SELECT value FROM json_each(?))",
+            msgspec.json.encode(labels).decode(),
+        )
+        return _least(_time(event) for (event,) in rows if event is not None)
+
+    def parked(self, subscription: str | None = None, message_type: str | None = None) -> Iterator[ParkedRow]:
+        """Yield the first parked message of each key and each one without a key.
+
+        What is tried next comes first, what a dead letter holds last.
+        """
+        if "trunkline_parked" not in self._tables:
+            return
+        with self._translated():
+            for label, event, behind, held_by, *rest in self.connection.execute(_PARKED, (subscription,)):
+                message = read(event)
+                if message_type in (None, message.type if message else ""):
+                    key, due, attempt, reason = rest
+                    yield ParkedRow(label, message, key, due, attempt, reason, behind, held_by)
 
     # --- dead letters ---
 
@@ -319,6 +378,30 @@ class EmbeddedFile:
                 subscription, message_type,
             )
         ]  # fmt: skip
+
+
+_PARKED = """
+SELECT r.label, p.event,
+    CASE WHEN p.key IS NULL THEN NULL
+        ELSE (SELECT count(*) - 1 FROM trunkline_parked WHERE reader = p.reader AND key = p.key) END,
+    (SELECT min(seq) FROM trunkline_dead_letter WHERE reader = p.reader AND key = p.key AND holds) AS held_by,
+    p.key, p.due, p.attempt, p.reason
+FROM trunkline_parked p JOIN trunkline_reader r ON r.id = p.reader
+WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || '@')
+    AND (p.key IS NULL OR p.seq = (
+        SELECT seq FROM trunkline_parked WHERE reader = p.reader AND key = p.key ORDER BY position, seq LIMIT 1))
+ORDER BY held_by IS NOT NULL, p.due, p.seq
+"""
+
+
+def _least(times: Iterable[float | None]) -> float | None:
+    return min((time for time in times if time is not None), default=None)
+
+
+def _time(raw: bytes) -> float | None:
+    """Return the time of an envelope; an unreadable one has none."""
+    message = read(raw)
+    return None if message is None else message.time
 
 
 @contextlib.contextmanager

@@ -32,13 +32,15 @@ def new(
 
     module = name.replace("-", "_")
     taken = keyword.iskeyword(module) or module in sys.stdlib_module_names or module in {"trunkline", "pytest", "tests"}
-    if not _NAME.fullmatch(name) or len(name) > 60 or taken:  # noqa: PLR2004 - room for what channels add
-        why = "is the name of a Python module" if taken else "does not fit"
+    if not _NAME.fullmatch(name) or len(name) > 60:  # noqa: PLR2004 - room for what channels add
         raise ConfigurationError(
             "E218",
-            f"project name {name[:80]!r} {why}",
-            "use lower-case letters, digits, - and _, beginning with a letter",
+            f"project name {name[:80]!r} does not fit",
+            "use lower-case letters, digits, - and _, beginning with a letter, such as order-desk",
         )
+    if taken:
+        why = "a word of Python" if keyword.iskeyword(module) else "the name of a Python module"
+        raise ConfigurationError("E218", f"project name {name!r} is {why}", f"use another, such as {name}-service")
     place = folder / name
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigurationError("E219", f"{place} exists", "use another name; nothing was written")

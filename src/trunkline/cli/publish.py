@@ -165,13 +165,14 @@ def _staged(
         try:
             payload: Any = declared.decode(draft)
         except DecodeError as error:
-            raise DecodeError(error.code, f"{place}: {error.message}", error.hint or _fields(declared)) from error
+            raise DecodeError(error.code, f"{place}: {error.message}", error.hint or fields_of(declared)) from error
         made = make_message(payload, system_clock, target.system.name, None, key, None, dict(attributes))
         staged.append(made if due_at is None else Staged(made.channel, made.message, due_at))
     return staged
 
 
-def _fields(declared: MessageType) -> str:
+def fields_of(declared: MessageType) -> str:
+    """Return the fields of a type with what they hold, for a hint."""
     from typing import get_type_hints
 
     hints = get_type_hints(declared.cls)

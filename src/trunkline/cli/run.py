@@ -63,8 +63,8 @@ def run(
     With --workers the processes share the work. One that dies is started again, after 0.5 s at first and up to
     30 s when it keeps dying. With --reload sources below the current folder are watched.
 
-    Exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage or configuration, 75 try again later: the file
-    cannot be written now, or another process has taken over this one's messages.
+    Exit codes: 0 stopped by a signal, 1 failed, 2 wrong usage, configuration or declarations, 75 try again later:
+    the file cannot be written now, or another process has taken over this one's messages.
     """
     settings = load_settings(transport=transport, store=store, app=target)
     start_logging(log_level.value)

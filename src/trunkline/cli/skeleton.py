@@ -24,7 +24,7 @@ _PYPROJECT = """\
 name = "NAME"
 version = "0.1.0"
 requires-python = ">=3.11"
-dependencies = ["trunkline"]
+dependencies = ["trunkline", "msgspec"]
 
 [dependency-groups]
 dev = ["pytest"]
@@ -57,6 +57,9 @@ __pycache__/
 _MODULE = '''\
 """Confirms orders while the stock lasts."""
 
+from typing import Annotated
+
+from msgspec import Meta
 from trunkline import Context, Service, Stream, Struct, System
 
 orders = Stream("orders", key="order_id")
@@ -65,7 +68,7 @@ orders = Stream("orders", key="order_id")
 @orders.event
 class OrderPlaced(Struct):
     order_id: str
-    quantity: int
+    quantity: Annotated[int, Meta(ge=1)]  # checked where it is read
 
 
 @orders.event
@@ -145,6 +148,19 @@ def test_an_order_beyond_the_stock_is_refused(tmp_path):
     first, second = answers([OrderPlaced("1", 99), OrderPlaced("2", 2)], tmp_path)
     assert first == OrderConfirmed("1")
     assert second == OrderRefused("2", "out of stock")
+
+
+def test_an_order_of_less_than_one_is_set_aside(tmp_path):
+    async def work():
+        system = System("test", [service])
+        async with App(system, transport=f"sqlite:///{tmp_path}/test.db") as app, asyncio.timeout(20):
+            await app.publish(OrderPlaced("1", -2))
+            while not app.store.dead_letters():
+                await asyncio.sleep(0.01)
+            return app.store.dead_letters()
+
+    (letter,) = asyncio.run(work())
+    assert letter.code == "E412"
 '''
 
 _README = """\
@@ -163,8 +179,9 @@ In a second terminal:
 ```sh
 trunkline topology
 trunkline publish OrderPlaced '{"order_id": "1", "quantity": 2}'
-trunkline tail orders --from-start
+trunkline tail orders --from-start --no-follow
 trunkline backlog
+trunkline parked
 trunkline dead list
 trunkline doctor
 ```

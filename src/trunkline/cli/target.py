@@ -7,11 +7,13 @@ Read next: run.py.
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import os
+import re
 import sys
 import traceback
 from dataclasses import dataclass
+from importlib.metadata import requires
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -93,9 +95,22 @@ def _import(name: str) -> ModuleType:
 def _failed(name: str, error: Exception) -> ConfigurationError:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    return ConfigurationError(
-        "E212", f"importing {name} failed{_place(error)}: {said}", "trunkline --traceback … shows all of it"
-    )
+    hint = "trunkline --traceback … shows all of it"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        hint = _how_to_install(error.name.partition(".")[0]) or hint
+    return ConfigurationError("E212", f"importing {name} failed{_place(error)}: {said}", hint)
+
+
+def _how_to_install(module: str) -> str:
+    """Return what to do about a module that is missing; nothing if it is there, and only a part of it is missing."""
+    if importlib.util.find_spec(module) is not None:
+        return ""
+    wanted = (re.match(r"([\w.-]+).*\bextra == ['\"]([\w-]+)['\"]", line) for line in requires("trunkline") or ())
+    extras = sorted({found[2] for found in wanted if found and found[1].replace("-", "_") == module})
+    if extras:
+        names = " and ".join(extras)
+        return f"{module} comes with Trunkline's extra {names}: in its clone, pip install '.[{extras[-1]}]'"
+    return f"install what brings {module}; where the project has it as an extra: pip install '.[EXTRA]'"
 
 
 def _placed(error: TrunklineError) -> TrunklineError:

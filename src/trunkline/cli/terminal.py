@@ -9,26 +9,51 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from trunkline.errors import ConfigurationError, TrunklineError
+from trunkline.errors import ConfigurationError, DefinitionError, TrunklineError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 FAILED, USAGE, TEMPORARY = 1, 2, 75
+GAP = 3
+"""Spaces between the columns of a table."""
 PIPE_WIDTH = 1000
 """Width where no terminal limits it, so that `grep` sees whole lines."""
 
 
 def exit_code(error: TrunklineError) -> int:
-    """Return 2 for a wrong configuration, 75 for what may pass, else 1."""
-    if isinstance(error, ConfigurationError):
+    """Return 2 for what no restart mends (configuration, declarations), 75 for what may pass, else 1."""
+    if isinstance(error, ConfigurationError | DefinitionError):
         return USAGE
     return TEMPORARY if error.retryable else FAILED
+
+
+def plain(error: typer.BadParameter) -> str:
+    """Return what is wrong with an argument in words; the library that converts it speaks of itself."""
+    cause: Any = error.__cause__
+    found: dict[str, Any] = {}
+    while hasattr(cause, "errors"):  # pydantic's ValidationError; that of an item of a list is inside
+        found = cause.errors()[0]
+        cause = found.get("ctx", {}).get("error")
+    if not found:
+        return error.message
+    given, limits = found["input"], found.get("ctx", {})
+    match found["type"]:
+        case "greater_than_equal":
+            return f"{given} is too small; the least is {limits['ge']}."
+        case "less_than_equal":
+            return f"{given} is too large; the most is {limits['le']}."
+        case "int_parsing":
+            return f"{given!r} is not a whole number."
+        case "float_parsing":
+            return f"{given!r} is not a number."
+    return error.message.removeprefix("Value error, ")
 
 
 def report(error: TrunklineError, *, with_traceback: bool) -> None:
@@ -78,6 +103,53 @@ def table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) 
     for header in headers:
         made.add_column(header, justify="right" if header in right else "left", overflow="fold")
     return made
+
+
+def fits(made: Table) -> bool:
+    """Return whether stdout is wide enough for a table, so that nothing in it is broken."""
+    from rich.measure import Measurement
+
+    console = stdout()
+    return Measurement.get(console, console.options.update(max_width=PIPE_WIDTH), made).maximum <= console.width
+
+
+def write_rows(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: tuple[str, ...], below: tuple[str, ...]
+) -> None:
+    """Print rows to stdout as a table; where that is too wide, some columns stand below each row.
+
+    So no word is cut, and where no terminal limits the width each row is one line.
+
+    Args:
+        right: headers of the columns that hold numbers.
+        below: headers of the columns that may go below.
+    """
+    from rich.cells import cell_len
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = stdout()
+    made = table(*headers, right=right)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    if fits(made):
+        console.print(made)
+        return
+    widths = [max(cell_len(row[n]) for row in (headers, *rows)) for n in range(len(headers))]
+    kept = [n for n, header in enumerate(headers) if header not in below]
+
+    def line(row: Sequence[str]) -> str:
+        spaces = {n: " " * (widths[n] - cell_len(row[n])) for n in kept}
+        cells = [spaces[n] + row[n] if headers[n] in right else row[n] + spaces[n] for n in kept]
+        return (" " * GAP).join(cells).rstrip()
+
+    console.print(Text(line(headers), style="bold"))
+    console.print(Text("─" * min(console.width, sum(widths[n] for n in kept) + GAP * (len(kept) - 1))))
+    for row in rows:
+        console.print(Text(line(row)))
+        for n, header in enumerate(headers):
+            if header in below:
+                console.print(Padding(Text(row[n]), (0, 0, 0, 4), expand=False))
 
 
 def print_json(value: Any) -> None:

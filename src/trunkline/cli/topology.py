@@ -14,10 +14,12 @@ from trunkline.cli import options
 from trunkline.cli.target import load_target
 from trunkline.cli.terminal import print_json, stdout
 from trunkline.config import load_settings
+from trunkline.errors import DefinitionError
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
+    from trunkline.service import System
     from trunkline.topology import Topology
 
 
@@ -43,7 +45,9 @@ def topology(
     """
     from trunkline.topology import describe, to_mermaid
 
-    found = describe(load_target(load_settings(app=target)).system)
+    system = load_target(load_settings(app=target)).system
+    _warn(system)
+    found = describe(system)
     if as_json:
         print_json(found)
     elif form is Format.mermaid:
@@ -54,6 +58,14 @@ def topology(
         typer.echo(to_svg(found), nl=False)
     else:
         _write(found)
+
+
+def _warn(system: System) -> None:
+    """Say on stderr when these declarations cannot run; they can be drawn all the same."""
+    try:
+        system.check()
+    except DefinitionError as error:
+        typer.secho(f"warning: this cannot run: {error}", fg="yellow", err=True)
 
 
 def _write(found: Topology) -> None:
@@ -90,22 +102,38 @@ def _services(found: Topology) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    kinds = {channel.name: channel.kind for channel in found.channels}
     tree = Tree(Text(found.system, style="bold"), guide_style="dim")
     for service in found.services:
         node = tree.add(Text(service.name, style="bold cyan"))
-        handlers = dict.fromkeys(link.handler for link in found.handles if link.service == service.name)
-        for handler in handlers:
-            takes = [link for link in found.handles if (link.service, link.handler) == (service.name, handler)]
-            gives = [link for link in found.publishes if (link.service, link.handler) == (service.name, handler)]
-            text = Text(", ".join(dict.fromkeys(link.message for link in takes)))
-            text.append(f"  from {kinds[takes[0].channel]} {takes[0].channel}", "dim")
-            if takes[0].subscription != service.name:
-                text.append(f" as {takes[0].subscription}", "dim")
+        handles = [link for link in found.handles if link.service == service.name]
+        for handler, channel, subscription in dict.fromkeys(
+            (link.handler, link.channel, link.subscription) for link in handles
+        ):
+            takes = [
+                link.message
+                for link in handles
+                if (link.handler, link.channel, link.subscription) == (handler, channel, subscription)
+            ]
+            text = Text(", ".join(dict.fromkeys(takes)))
+            text.append(f"  from {_kind(found, channel)} {channel}", "dim")
+            if subscription != service.name:
+                text.append(f" as {subscription}", "dim")
             text.append(f"  {handler.rpartition('.')[2]}()", "green")
-            branch = node.add(text)
-            for link in gives:
-                branch.add(Text.assemble("→ ", link.message, (f"  to {kinds[link.channel]} {link.channel}", "dim")))
+            _add_publications(node.add(text), found, service.name, handler)
         for background in service.background:
-            node.add(Text.assemble((f"{background}()", "green"), ("  in the background", "dim")))
+            text = Text.assemble((f"{background.rpartition('.')[2]}()", "green"), ("  in the background", "dim"))
+            _add_publications(node.add(text), found, service.name, background)
     return tree
+
+
+def _add_publications(branch: Tree, found: Topology, service: str, function: str) -> None:
+    from rich.text import Text
+
+    for link in found.publishes:
+        if (link.service, link.handler) == (service, function):
+            to = f"  to {_kind(found, link.channel)} {link.channel}"
+            branch.add(Text.assemble("→ ", link.message, (to, "dim")))
+
+
+def _kind(found: Topology, name: str) -> str:
+    return next(channel.kind for channel in found.channels if channel.name == name)

@@ -63,6 +63,8 @@ class Retry(msgspec.Struct, frozen=True):
         RetryLater(after_s=10.0, reason='OSError: away')
         >>> Retry(immediate=1, delays_s=(10,), jitter=0).verdict(OSError("away"), 3, 0.0).code
         'handler'
+        >>> Retry().verdict(DecodeError("E412", "payload is not a valid order.placed"), 1, 0.0).reason
+        'payload is not a valid order.placed'
         """
         reason = describe(error)
         match error:
@@ -73,7 +75,7 @@ class Retry(msgspec.Struct, frozen=True):
             case RetryLaterError():
                 return RetryLater(error.after_s, reason)
             case DecodeError():
-                return DeadLetter(error.code, reason)
+                return DeadLetter(error.code, _first_line(safe_text(error).removeprefix(f"{error.code} ")))
         hopeless = isinstance(error, self.never) or (isinstance(error, TrunklineError) and not error.retryable)
         if hopeless:
             return DeadLetter("handler", reason, detail(error))
@@ -87,9 +89,13 @@ class Retry(msgspec.Struct, frozen=True):
 
 def describe(error: BaseException) -> str:
     """Return an error as one line."""
-    text = safe_text(error).strip().splitlines()
+    text = _first_line(safe_text(error))
     name = type(error).__name__
-    return f"{name}: {text[0][:300]}" if text else name
+    return f"{name}: {text}" if text else name
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")[:300]
 
 
 def detail(error: BaseException) -> str:

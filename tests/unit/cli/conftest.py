@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from trunkline.cli import commands
 
 SHOP = """
-from trunkline import Context, Queue, Retry, Service, Stream, Struct, System, Topic
+from trunkline import Context, Queue, Retry, RetryLaterError, Service, Stream, Struct, System, Topic
 
 orders = Stream("orders", key="order_id")
 jobs = Queue("jobs", priority=True)
@@ -55,6 +55,8 @@ payment.schema("CREATE TABLE IF NOT EXISTS paid (n INTEGER PRIMARY KEY, order_id
 async def pay(order: OrderPlaced, ctx: Context) -> OrderPaid:
     if order.amount < 0:
         raise ValueError(f"amount {order.amount} is below zero")
+    if order.amount == 999:
+        raise RetryLaterError(3600, "the bank is closed")
     transaction = await ctx.transaction()
     await transaction.execute("INSERT INTO paid (order_id, amount) VALUES (?, ?)", (order.order_id, order.amount))
     return OrderPaid(order.order_id)
@@ -103,7 +105,9 @@ class Project:
 
         Commands that import no module of the project run in this process, which is ten times as fast.
         """
-        run = self._here if {"dead", "backlog", "tail", "new"} & set(arguments[:1]) else self._apart
+        imports = "shop:system" in arguments or (self.folder / "trunkline.toml").exists()
+        looks = {"dead", "parked", "backlog", "tail", "new"} & set(arguments[:1])
+        run = self._here if looks and not imports else self._apart
         out, err, exit_code = run(arguments, stdin, self.environment(**environment))
         assert exit_code == code, f"{arguments}: {exit_code}\n{out}{err}"
         return SimpleNamespace(out=out, err=err)
@@ -188,6 +192,22 @@ def buried(tmp_path_factory):
         project.publish("OrderPlaced", *({"order_id": "c", "amount": amount} for amount in (-3, 4, 5)))
         wait_until(lambda: len(project.dead()) == 3 and project.dead()[2]["waiting_behind"] == 2, "two behind")
     return project
+
+
+@pytest.fixture(scope="session")
+def parked(tmp_path_factory):
+    """A project whose file has parked messages: of order `a` with two behind it, then of order `b`."""
+    project = Project(tmp_path_factory.mktemp("parked"))
+    with project.running("shop:system"):
+        project.publish("OrderPlaced", *({"order_id": "a", "amount": amount} for amount in (999, 4, 5)))
+        wait_until(lambda: _counts(project)["parked"] == 3, "one parked and two behind it")
+        project.publish("OrderPlaced", {"order_id": "b", "amount": 999})
+        wait_until(lambda: _counts(project)["parked"] == 4, "another one parked")
+    return project
+
+
+def _counts(project: Project) -> dict[str, Any]:
+    return next(row for row in project.json("backlog") if row["subscription"] == "payment@orders")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from typer.testing import CliRunner
 from trunkline import __version__, cli
 from trunkline.cli import commands
 from trunkline.cli.terminal import exit_code, printable
-from trunkline.errors import ConfigurationError, DefinitionError, LeaseLostError
+from trunkline.errors import ConfigurationError, DecodeError, DefinitionError, LeaseLostError
 
 MODULES = sorted(path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py"))
-COMMANDS = ["run", "topology", "publish", "tail", "backlog", "doctor", "new", "dead"]
+COMMANDS = ["run", "topology", "publish", "tail", "backlog", "parked", "dead", "doctor", "new"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -32,9 +33,19 @@ def test_help_names_the_command_and_its_options(name):
     assert "Usage" in shown.output
 
 
-def test_help_lists_every_command():
-    shown = CliRunner().invoke(commands.app, ["--help"]).output
-    assert all(f"\n  {name} " in shown for name in COMMANDS)
+def listed(*group):
+    """Return command → summary as the help of a group of commands lists them, in order."""
+    shown = CliRunner().invoke(commands.app, [*group, "--help"]).output
+    return dict(re.findall(r"^  ([a-z]+)  +(.+)$", shown.partition("Commands:")[2], re.MULTILINE))
+
+
+def test_help_lists_every_command_and_what_belongs_together_side_by_side():
+    assert list(listed()) == COMMANDS
+
+
+@pytest.mark.parametrize("group", [[], ["dead"]])
+def test_help_cuts_no_summary(group):
+    assert [summary for summary in listed(*group).values() if summary.endswith("...")] == []
 
 
 def test_version_is_that_of_the_package():
@@ -61,8 +72,31 @@ def test_an_unknown_option_is_a_usage_error(project):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["topology", "--format", "pdf"], "'--format' / '-f': 'pdf' is not one of 'text', 'mermaid', 'svg'."),
+        (["tail", "orders", "--limit", "0"], "'--limit' / '-n': 0 is too small; the least is 1."),
+        (["publish", "T", "{}", "--priority", "10"], "'--priority': 10 is too large; the most is 9."),
+        (["run", "--workers", "many"], "'--workers' / '-w': 'many' is not a whole number."),
+        (["dead", "redrive", "1", "two"], "'two' is not a whole number."),
+        (["dead", "redrive", "1", "--rate", "fast"], "'--rate': 'fast' is not a number."),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_in_plain_words(arguments, text):
+    shown = CliRunner().invoke(commands.app, arguments)
+    assert shown.exit_code == 2
+    assert shown.output.rstrip().endswith(text)
+    assert "Value error" not in shown.output
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
-    [(ConfigurationError("E2", "x"), 2), (DefinitionError("E1", "x"), 1), (LeaseLostError("E505", "x"), 75)],
+    [
+        (ConfigurationError("E2", "x"), 2),
+        (DefinitionError("E1", "x"), 2),
+        (LeaseLostError("E505", "x"), 75),
+        (DecodeError("E4", "x"), 1),
+    ],
 )
 def test_exit_codes_tell_what_a_supervisor_should_do(error, code):
     assert exit_code(error) == code
@@ -90,7 +124,7 @@ def test_a_traceback_is_shown_when_asked_for(project, how):
         ("syntax:system", "E212", 2, "(syntax.py:1)"),
         ("missing:system", "E212", 2, "No module named 'not_installed_anywhere'"),
         ("shop:OrderPlaced", "E214", 2, "a System, Service or App is needed"),
-        ("wrong:system", "E101", 1, "(wrong.py:"),
+        ("wrong:system", "E101", 2, "(wrong.py:"),
     ],
 )
 def test_a_target_that_cannot_be_loaded_says_where_and_why(project, target, code, exit_code, text):
@@ -104,6 +138,25 @@ def test_a_target_that_cannot_be_loaded_says_where_and_why(project, target, code
     shown = project.cli("topology", target, code=exit_code).err
     assert shown.startswith(code)
     assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("import sys\nsys.modules['stripe'] = None\nimport stripe\n", "stripe comes with Trunkline's extra shop: "),
+        (
+            "import sys\nsys.modules['uvicorn'] = None\nimport uvicorn\n",
+            "uvicorn comes with Trunkline's extra http and ",
+        ),
+        ("import not_installed_anywhere.part\n", "install what brings not_installed_anywhere; "),
+        ("import shop.nothing\n", "trunkline --traceback … shows all of it"),
+    ],
+)
+def test_a_missing_module_is_told_with_what_brings_it(project, source, hint):
+    (project.folder / "missing.py").write_text(source)
+    shown = project.cli("topology", "missing:system", code=2).err.splitlines()
+    assert shown[0].startswith("E212 importing missing failed (missing.py:")
+    assert shown[1].strip().startswith(hint)
 
 
 def test_output_of_a_message_cannot_steer_the_terminal():

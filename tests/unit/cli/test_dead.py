@@ -49,6 +49,29 @@ def test_list_is_narrowed_by_subscription_and_type(buried):
     assert buried.cli("dead", "list", "--type", "order.paid").out == "no dead letters\n"
 
 
+def test_list_says_the_code_of_a_reason_once(buried_copy):
+    with buried_copy.running("shop:system"):
+        buried_copy.cli("dead", "edit", "1", "--data", '{"order_id": "a", "amount": "many"}', "--redrive")
+        wait_until(lambda: numbers(buried_copy) == [2, 3, 4], "it is set aside again")
+    (row,) = (row for row in buried_copy.dead() if row["number"] == 4)
+    assert (row["code"], row["reason"][:37]) == ("E412", "payload is not a valid order.placed: ")
+    shown = buried_copy.cli("dead", "list", COLUMNS="300").out.splitlines()[-1]
+    assert "   E412: payload is not a valid order.placed: Expected `int`, got `str` - at `$.amount`   " in shown
+    assert "set aside order.placed" in buried_copy.log()
+    assert "E412 payload is not" in buried_copy.log()
+    assert "E412 DecodeError" not in buried_copy.log()
+
+
+def test_list_on_a_narrow_terminal_cuts_no_word(buried):
+    for width in ("76", "80"):
+        shown = buried.cli("dead", "list", COLUMNS=width).out.splitlines()
+        assert max(map(len, shown)) <= int(width)
+        assert shown[3] == "    ValueError: amount -1 is below zero"
+    whole = buried.cli("dead", "list", COLUMNS="120").out.splitlines()
+    assert len(whole) == 5
+    assert "ValueError: amount -1 is below zero" in whole[2]
+
+
 def test_show_has_envelope_payload_traceback_and_what_waits(buried):
     shown = buried.cli("dead", "show", "3").out
     for text in ("2 of its key wait behind it", "partitionkey    c", '"amount": -3', "raise ValueError", "dead edit 3"):
@@ -121,6 +144,38 @@ def test_discard_asks_unless_told_not_to(buried_copy):
 def test_a_payload_that_is_no_json_changes_nothing(buried_copy):
     assert buried_copy.cli("dead", "edit", "1", "--data", "{", code=1).err.startswith("E602")
     assert buried_copy.json("dead", "show", "1")["payload"] == {"order_id": "a", "amount": -1}
+
+
+def test_a_payload_that_does_not_fit_its_type_is_refused_where_the_type_is_known(buried_copy):
+    arguments = ["--data", '{"order_id": "a", "amount": "many"}', "--redrive"]
+    for named in (["shop:system"], []):
+        shown = buried_copy.cli("dead", "edit", "1", *named, *arguments, code=1).err.splitlines()
+        assert shown[0].startswith("E412 dead letter 1: payload is not a valid order.placed: Expected `int`, got `str`")
+        assert shown[1] == "     fields: order_id: str, amount: int"
+        assert buried_copy.json("dead", "show", "1")["payload"] == {"order_id": "a", "amount": -1}
+        (buried_copy.folder / "trunkline.toml").write_text('app = "shop:system"\n')
+    assert numbers(buried_copy) == [1, 2, 3]
+
+
+def test_another_type_is_checked_with_the_payload_that_is_there(buried_copy):
+    assert (
+        "not a valid headline" in buried_copy.cli("dead", "edit", "1", "shop:system", "--type", "headline", code=1).err
+    )
+
+
+def test_a_payload_that_fits_its_type_is_saved_without_a_remark(buried_copy):
+    done = buried_copy.cli("dead", "edit", "1", "shop:system", "--data", '{"order_id": "a", "amount": 1}')
+    assert done.err == ""
+    assert buried_copy.json("dead", "show", "1")["payload"] == {"order_id": "a", "amount": 1}
+
+
+def test_where_the_type_is_not_known_an_edit_says_that_it_was_not_checked(buried_copy):
+    remark = "1: not checked whether the payload fits its type: "
+    done = buried_copy.cli("dead", "edit", "1", "--data", '{"amount": "many"}')
+    assert done.err == f"{remark}no MODULE:OBJECT is named\n"
+    done = buried_copy.cli("dead", "edit", "1", "shop:system", "--type", "order.sold")
+    assert done.err == f"{remark}shop:system declares no type 'order.sold'\n"
+    assert buried_copy.cli("dead", "edit", "1", "--key", "other").err == ""
 
 
 def test_edit_without_a_change_and_without_a_terminal_is_a_usage_error(buried):

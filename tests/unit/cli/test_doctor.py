@@ -58,8 +58,15 @@ def test_a_folder_that_is_not_there_is_wrong(project):
     assert "nowhere does not exist" in shown
 
 
+def test_a_directory_in_place_of_the_file_is_wrong(project):
+    (project.folder / "data").mkdir()
+    assert "data is a directory" in project.cli("doctor", "--transport", "sqlite:///data", code=1).out
+
+
 def test_an_unknown_transport_is_wrong(project):
-    assert "E202" in project.cli("doctor", "--transport", "nope://x", code=1).out
+    shown = project.cli("doctor", "--transport", "nope://x", code=1).out
+    assert "E202 no transport for 'nope'" in shown
+    assert shown.count("installed are") == 2  # the hint once for the transport and once for its store
 
 
 def test_declarations_that_cannot_run_are_wrong(project):

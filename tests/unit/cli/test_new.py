@@ -1,6 +1,7 @@
 """A new project really runs and really passes its own tests."""
 
 import json
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -24,7 +25,28 @@ def test_its_tests_pass(project):
         timeout=DEADLINE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    assert "3 passed" in done.stdout
+
+
+def test_a_quantity_below_one_is_refused_before_it_is_published(project):
+    project.cli("new", "order-desk")
+    project.folder = project.folder / "order-desk"
+    with project.running():
+        shown = project.cli("publish", "OrderPlaced", '{"order_id": "1", "quantity": -2}', code=1).err
+    assert shown.startswith("E412 DATA: payload is not a valid order.placed: Expected `int` >= 1")
+    assert "\n     fields: order_id: str, quantity: int\n" in shown
+
+
+def test_the_commands_of_its_readme_come_to_an_end(project):
+    project.cli("new", "order-desk")
+    project.folder = project.folder / "order-desk"
+    readme = (project.folder / "README.md").read_text()
+    commands = [shlex.split(line) for line in readme.splitlines() if line.startswith("trunkline ")]
+    with project.running():
+        for _, *arguments in commands:
+            if arguments[0] != "run":
+                project.cli(*arguments)
+    assert [arguments[1] for arguments in commands][-2:] == ["dead", "doctor"]
 
 
 def test_it_runs_with_its_own_settings(project):
@@ -53,3 +75,10 @@ def test_nothing_that_exists_is_overwritten(project):
 def test_a_name_that_cannot_be_a_module_and_a_service_is_refused(project, name):
     assert project.cli("new", "--", name, code=2).err.startswith("E218")
     assert [path.name for path in project.folder.iterdir()] == ["shop.py"]
+
+
+@pytest.mark.parametrize("name", ["class", "json", "trunkline"])
+def test_a_name_that_is_taken_is_refused_with_one_that_is_free(project, name):
+    hint = project.cli("new", name, code=2).err.splitlines()[1].split()
+    assert hint == ["use", "another,", "such", "as", f"{name}-service"]
+    project.cli("new", hint[-1])

@@ -45,10 +45,11 @@ def test_it_handles_messages_and_a_signal_ends_it_with_0(project):
 def test_only_runs_the_named_service(project):
     with project.running("shop:system", "--only", "shipping"):
         assert {row["subscription"] for row in project.json("backlog")} == {"shipping@jobs", "shipping@news"}
+    assert "shop runs on sqlite:///trunkline.db: shipping\n" in project.log()
 
 
 def test_an_unknown_service_is_refused_with_those_there_are(project):
-    shown = project.cli("run", "shop:system", "--only", "nope", code=1).err
+    shown = project.cli("run", "shop:system", "--only", "nope", code=2).err
     assert "E112 no service 'nope'" in shown
     assert "payment, shipping" in shown
 
@@ -66,6 +67,32 @@ def test_an_app_brings_its_own_transport(project):
 @pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
 def test_a_wrong_transport_ends_with_2(project, workers):
     assert "E202" in project.cli("run", "shop:system", "--transport", "nope://x", *workers, code=2).err
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("nowhere/shop.db", "nowhere of shop.db does not exist"),
+        ("shop.py/shop.db", "shop.py is no folder for shop.db"),
+        ("__pycache__", "__pycache__ is a directory"),
+    ],
+)
+def test_a_place_where_no_file_can_be_ends_with_2_so_that_nobody_tries_it_for_ever(project, place, text):
+    (project.folder / "__pycache__").mkdir()
+    shown = project.cli("run", "shop:system", "--transport", f"sqlite:///{place}", code=2).err.splitlines()
+    (line,) = [line for line in shown if line.startswith("E225 ")]
+    assert line.endswith(text)
+
+
+def test_declarations_that_cannot_run_end_with_2(project):
+    (project.folder / "endless.py").write_text(
+        "from shop import *\nround = Service('round')\n"
+        "@round.handle\nasync def again(order: OrderPaid) -> OrderPaid: ...\n"
+    )
+    assert "E105" in project.cli("run", "endless:round", code=2).err
+    shown = project.cli("topology", "endless:round")
+    assert shown.err.startswith("warning: this cannot run: E105 a cycle without end: OrderPaid")
+    assert "order.paid  from stream orders  again()" in shown.out
 
 
 def test_a_background_task_that_fails_ends_with_1_and_its_traceback_in_the_log(project):

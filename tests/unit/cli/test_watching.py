@@ -1,7 +1,9 @@
 """publish, tail, backlog, topology: messages in and messages seen."""
 
 import json
+import sqlite3
 import subprocess
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -108,7 +110,9 @@ def test_a_topic_message_with_several_subscriptions_is_shown_once(used):
     assert len(lines(used, "news")) == 1
 
 
-@pytest.mark.parametrize("command", [["tail", "orders"], ["backlog"], ["dead", "list"], ["dead", "redrive", "--all"]])
+@pytest.mark.parametrize(
+    "command", [["tail", "orders"], ["backlog"], ["parked"], ["dead", "list"], ["dead", "redrive", "--all"]]
+)
 def test_a_file_that_does_not_exist_is_an_error_and_is_not_made(project, command):
     assert project.cli(*command, code=2).err.startswith("E231 trunkline.db does not exist")
     assert [path.name for path in project.folder.iterdir()] == ["shop.py"]
@@ -120,17 +124,31 @@ def test_publishing_to_a_file_that_does_not_exist_is_refused(project):
 
 
 @pytest.mark.parametrize(
-    ("content", "code", "exit_code"),
-    [(b"not a database, but long enough to be looked at" * 20, "E203", 2), (b"", "E232", 2)],
+    ("content", "text"),
+    [
+        (b"not a database, but long enough to be looked at" * 20, "E203 trunkline.db is not a SQLite database"),
+        (b"", "E232 trunkline.db is empty"),
+    ],
 )
-def test_a_file_of_something_else_is_refused(project, content, code, exit_code):
+def test_a_file_of_something_else_is_refused(project, content, text):
     (project.folder / "trunkline.db").write_bytes(content)
-    assert project.cli("backlog", code=exit_code).err.startswith(code)
+    assert project.cli("backlog", code=2).err.splitlines()[0] == text
     assert (project.folder / "trunkline.db").read_bytes() == content
 
 
-def test_memory_cannot_be_looked_into(project):
-    assert project.cli("backlog", "--transport", "memory:", code=2).err.startswith("E230")
+@pytest.mark.parametrize(
+    ("option", "url", "text"),
+    [
+        ("--transport", "memory:", "E230 memory: cannot be looked into from outside"),
+        ("--transport", "postgres://shop", "E202 no transport for 'postgres'"),
+        ("--store", "postgres://shop", "E202 no store for 'postgres'"),
+        ("--transport", "sqlite:", "E206 sqlite: without a file"),
+        ("--transport", "sqlite://shop.db", "E206 sqlite://shop.db has 2 slashes before the file"),
+        ("--transport", "sqlite:///.", "E225 . is a directory"),
+    ],
+)
+def test_what_is_no_file_cannot_be_looked_into(used, option, url, text):
+    assert used.cli("backlog", option, url, code=2).err.startswith(text)
 
 
 def test_an_unknown_channel_names_those_there_are(used):
@@ -138,9 +156,19 @@ def test_an_unknown_channel_names_those_there_are(used):
 
 
 def test_tables_fit_80_columns(buried):
-    for command in (["backlog"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
+    for command in (["backlog"], ["parked"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
         shown = buried.cli(*command, COLUMNS="80").out
         assert max(map(len, shown.splitlines())) <= 80, command
+
+
+def test_a_backlog_on_a_narrow_terminal_breaks_names_before_the_channel(used):
+    with closing(sqlite3.connect(used.folder / "trunkline.db")) as connection:
+        connection.execute("UPDATE trunkline_subscription SET name = 'notification-by-letter' WHERE name = 'payment'")
+        connection.commit()
+    assert "notification-by-letter@orders   stream " in used.cli("backlog", COLUMNS="120").out
+    shown = used.cli("backlog", COLUMNS="80").out.splitlines()
+    at = next(number for number, line in enumerate(shown) if line.startswith("notification-by-letter   stream "))
+    assert shown[at + 1].split() == ["@orders"]
 
 
 def test_a_wait_or_a_time_with_zone_is_understood():
@@ -157,3 +185,48 @@ def test_topology_is_written_as_mermaid_and_svg(project, form):
     assert drawn.startswith({"mermaid": "flowchart LR", "svg": "<svg "}[form])
     assert "payment" in drawn
     assert project.json("topology", "shop:system")["system"] == "shop"
+
+
+WIDE = """
+from shop import *
+from trunkline import Message
+
+audit = Service("audit")
+
+
+@audit.handle(from_=orders)
+@audit.handle(from_=jobs, subscription="audit-jobs")
+async def note(message: Message) -> None: ...
+
+
+site = Service("site")
+
+
+@site.background(publishes=(OrderPlaced, Headline))
+async def serve(running) -> None: ...
+
+
+system = System("wide", [audit, site])
+"""
+
+
+def test_topology_shows_each_subscription_of_a_function_that_reads_several_channels(project):
+    (project.folder / "wide.py").write_text(WIDE)
+    shown = project.cli("topology", "wide:system").out
+    assert "every message  from stream orders  note()" in shown
+    assert "every message  from queue jobs as audit-jobs  note()" in shown
+
+
+def test_topology_and_doctor_name_a_background_task_that_says_what_it_publishes(project):
+    (project.folder / "wide.py").write_text(WIDE)
+    shown = project.cli("topology", "wide:system").out.splitlines()
+    at = next(number for number, line in enumerate(shown) if "serve()  in the background" in line)
+    assert "→ order.placed  to stream orders" in shown[at + 1]
+    assert "→ headline  to topic news" in shown[at + 2]
+    assert any("order.placed  site → audit" in line for line in shown)
+    (link,) = [
+        link
+        for link in project.json("doctor", "wide:system")["links"]
+        if (link["channel"], link["sender"]) == ("orders", "site")
+    ]
+    assert link["receiver"] == "audit"
