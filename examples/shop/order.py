@@ -158,7 +158,7 @@ def _order(rows: list[tuple[Any, ...]]) -> Order:
     return Order(*rows[0])
 
 
-@order.background
+@order.background(publishes=(OrderCreated,))
 async def site(running: Running) -> None:
     """Serve REST and the page while the service runs."""
     from examples.shop.web import serve

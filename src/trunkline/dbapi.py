@@ -96,10 +96,10 @@ class Guard:
         return apsw.SQLITE_OK
 
 
-_READING_PRAGMAS = {
-    "table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list",
-    "database_list", "function_list", "collation_list", "compile_options",
-}  # fmt: skip
+_ASKING = {"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list"}
+"""PRAGMAs that take an argument and change nothing."""
+_ACTING = {"wal_checkpoint", "incremental_vacuum", "optimize", "shrink_memory"}
+"""PRAGMAs that take none and do something."""
 _ENDING = {apsw.SQLITE_TRANSACTION, apsw.SQLITE_ATTACH, apsw.SQLITE_DETACH}
 _ON_FIRST = {apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE}
 _ON_SECOND = {
@@ -110,7 +110,7 @@ _ON_SECOND = {
 
 def _is_refused(action: int, first: str, second: str) -> bool:
     if action == apsw.SQLITE_PRAGMA:
-        return first.lower() not in _READING_PRAGMAS
+        return first.lower() not in _ASKING if second else first.lower() in _ACTING
     ours = "trunkline_"
     return (
         action in _ENDING

@@ -401,9 +401,10 @@ class Deliverer:
     def _explain(self, route: Route, delivery: Delivery, error: Exception, outcome: Outcome) -> None:
         """Add one line to the user's traceback: which message, handler, attempt and outcome."""
         message = delivery.message
+        became = _IN_WORDS.get(type(outcome), "done")
         log.warning(
             "%s failed on %s %s, attempt %d: %s", route.name, "" if message is None else message.type,
-            "" if message is None else message.id, delivery.attempt, _IN_WORDS.get(type(outcome), "done"), exc_info=error,
+            "" if message is None else message.id, delivery.attempt, became, exc_info=error,
         )  # fmt: skip
 
     def _emit(self, kind: FactKind, delivery: Delivery, reason: str) -> None:

@@ -14,7 +14,8 @@ from trunkline.clock import ManualClock
 
 START_AND_STOP = [
     ("trunkline/transport.py", {"load_adapter"}),
-    ("trunkline/engine.py", {"open", "open_engine", "close"}),
+    ("trunkline/engine.py", {"open", "close"}),
+    ("trunkline/engines.py", {"open_engine"}),
     ("trunkline/retry.py", {"detail"}),
 ]
 """Where files may be touched on the loop: before the first message and after the last, or for a traceback."""

@@ -14,7 +14,8 @@ import apsw
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
 from trunkline.dbapi import ApswTransaction
-from trunkline.engine import Engine, Stage, close_engine, count_up, open_engine, query
+from trunkline.engine import Engine, Stage, count_up, query
+from trunkline.engines import close_engine, open_engine
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater

@@ -17,7 +17,8 @@ import apsw
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
-from trunkline.engine import Engine, close_engine, count_up, open_engine, query
+from trunkline.engine import Engine, count_up, query
+from trunkline.engines import close_engine, open_engine
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.message import pack
 from trunkline.store import Unit, resolve

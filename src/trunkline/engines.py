@@ -1,0 +1,59 @@
+"""The Engines of this process: one per file and event loop.
+
+Invariant: two connections of one process on one file would share and lose POSIX locks, so whoever opens a file
+twice gets the same Engine. Read next: engine.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+from trunkline.clock import Clock
+from trunkline.engine import LEASE_S, Engine
+from trunkline.errors import ConfigurationError
+
+_engines: dict[tuple[int, str], Engine] = {}
+
+
+async def open_engine(path: str, clock: Clock, options: Mapping[str, str]) -> Engine:
+    """Return this process's Engine of `path`, opened; `close_engine` gives it back.
+
+    Args:
+        options: of the URL: `vfs`, name of a registered SQLite VFS; `lease_s`, see LEASE_S, the same in all processes.
+    Raises: ConfigurationError E209 for a `lease_s` that is no number above 0; see also Engine.open.
+    """
+    resolved = os.path.realpath(path)  # noqa: ASYNC240 - once, at start
+    key = (id(asyncio.get_running_loop()), resolved)
+    engine = _engines.get(key)
+    if engine is None:
+        engine = _engines[key] = Engine(resolved, clock, options.get("vfs"), _lease_s(options))
+        try:
+            await engine.open()
+        except BaseException:
+            del _engines[key]
+            raise
+    engine.users += 1
+    return engine
+
+
+def _lease_s(options: Mapping[str, str]) -> float:
+    text = options.get("lease_s", str(LEASE_S))
+    try:
+        lease_s = float(text)
+    except ValueError:
+        lease_s = 0.0
+    if not 0 < lease_s < float("inf"):
+        raise ConfigurationError("E209", f"lease_s is {text!r}", "a number of seconds above 0, such as 30")
+    return lease_s
+
+
+async def close_engine(engine: Engine) -> None:
+    """Give an Engine back; the last user closes it."""
+    engine.users -= 1
+    if engine.users == 0:
+        for key, value in list(_engines.items()):
+            if value is engine:
+                del _engines[key]
+        await engine.close()
