@@ -180,7 +180,7 @@ class Engine:
                 "E204", f"{self.path} cannot use write-ahead logging (mode {mode!r})", "use a local file system"
             )
         # One by one: a statement that returns rows ends `execute` before the next one.
-        for setting in ("synchronous=FULL", "wal_autocheckpoint=4000", "foreign_keys=ON"):
+        for setting in ("synchronous=FULL", "wal_autocheckpoint=1000", "foreign_keys=ON"):
             query(writer, f"PRAGMA {setting}")
         writer.execute("BEGIN IMMEDIATE")
         if self._check_layout() == 0:
