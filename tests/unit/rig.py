@@ -122,7 +122,7 @@ class Rig:
             subscription = self.subscription(name)
             transport._position += 1
             partition = (0 if subscription.channel.kind == "stream" else -1) if partition is None else partition
-            reader = transport._readers[subscription.label]
+            reader = transport.readers[subscription.label]
             reader.add(Delivery(subscription, None, raw, None, transport._position, partition))
             return
         await self._write_bytes(self.subscription(name), raw, partition or 0)

@@ -113,7 +113,7 @@ async def test_each_envelope_becomes_an_effect_or_a_dead_letter():
         for event in events:
             await app.publish(event, to=jobs)
         await app._consumers[0].lanes.idle()
-        while app.transport._readers["fuzz@fuzz-jobs"].waiting():
+        while app.transport.readers["fuzz@fuzz-jobs"].waiting():
             await app._consumers[0].lanes.idle()
             await app.clock.sleep(0)
         await app._consumers[0].lanes.idle()

@@ -50,7 +50,7 @@ class MemoryStore:
         self._callbacks: list[Callable[[], None]] = []
         self._staged_callbacks: list[Callable[[], None]] = []
         self._place: Callable[[Sequence[Staged]], None] | None = None
-        self._forget_live: Callable[[str], None] | None = None
+        self._live: dict[str, tuple[set[str], Any]] = {}
         self._lock = asyncio.Lock()
         self._tables: apsw.Connection | None = None
 
@@ -60,7 +60,8 @@ class MemoryStore:
         for subscription in subscriptions:
             self._inbox[subscription.label] = set()
             self._parked[subscription.label] = {}
-        self._forget_live = getattr(transport, "forget", None)
+        readers = getattr(transport, "readers", {})
+        self._live = {s.label: (self._inbox[s.label], readers.get(s.label)) for s in subscriptions}
         return self._place is not None
 
     async def stop(self) -> None:
@@ -113,20 +114,21 @@ class MemoryStore:
         for delivery in deliveries:
             if unit.outcome is not ACK or delivery.suspect or delivery.row != LIVE:
                 self._move(unit, delivery)
-            if delivery.row == LIVE and self._forget_live is not None:
-                self._forget_live(delivery.subscription.label)
+            reader = self._live[delivery.subscription.label][1]
+            if delivery.row == LIVE and reader is not None:
+                reader.under_way -= 1
         if unit.staged:
             self._send(unit.staged)
         unit.done(unit, None)
 
     def _submit_fresh(self, unit: Unit, delivery: Delivery) -> None:
         """Acknowledge what cannot have been handled before: the usual case, in as few steps as can be."""
-        label = delivery.subscription.label
-        self._inbox[label].add(_inbox_id(delivery))
+        inbox, reader = self._live[delivery.subscription.label]
+        inbox.add(_inbox_id(delivery))
         if unit.staged:
             self._send(unit.staged)
-        if self._forget_live is not None:
-            self._forget_live(label)
+        if reader is not None:
+            reader.under_way -= 1
         unit.done(unit, None)
 
     def _move(self, unit: Unit, delivery: Delivery) -> None:

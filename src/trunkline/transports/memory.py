@@ -32,8 +32,8 @@ class MemoryTransport:
         if address.path or address.options:
             raise ConfigurationError("E206", f"{address.shown} says more than memory: can use", "write memory:")
         self._clock = clock
-        self._readers: dict[str, _Reader] = {}
-        self._routes: dict[str, list[_Reader]] = {}
+        self.readers: dict[str, Reader] = {}
+        self._routes: dict[str, list[Reader]] = {}
         self._position = 0
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
@@ -45,7 +45,7 @@ class MemoryTransport:
         for subscription in subscriptions:
             channel = subscription.channel
             priority = isinstance(channel, Queue) and channel.priority
-            reader = self._readers[subscription.label] = (_PriorityReader if priority else _Reader)(subscription)
+            reader = self.readers[subscription.label] = (PriorityReader if priority else Reader)(subscription)
             self._routes.setdefault(channel.name, []).append(reader)
 
     def place(self, batch: Sequence[Staged]) -> None:
@@ -68,29 +68,25 @@ class MemoryTransport:
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return what is there; see Transport."""
-        return await self._readers[subscription.label].receive(limit)
+        return await self.readers[subscription.label].receive(limit)
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Forget `deliveries`; see Transport."""
         for delivery in deliveries:
             if delivery.row == LIVE:
-                self.forget(delivery.subscription.label)
-
-    def forget(self, label: str) -> None:
-        """Count one delivery of the subscription `label` as settled."""
-        self._readers[label].under_way -= 1
+                self.readers[delivery.subscription.label].under_way -= 1
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
         """Return True: there is one process."""
-        return subscription.label in self._readers and partition >= 0
+        return subscription.label in self.readers and partition >= 0
 
     def assignment(self, subscription: Subscription) -> int:
         """Return a constant: there is one process."""
-        return 0 if subscription.label in self._readers else -1
+        return 0 if subscription.label in self.readers else -1
 
     async def backlog(self, subscription: Subscription) -> Backlog:
         """Count what waits; see Transport."""
-        reader = self._readers[subscription.label]
+        reader = self.readers[subscription.label]
         return Backlog(reader.waiting() + reader.under_way, reader.under_way)
 
     async def tidy(self) -> None:
@@ -98,17 +94,21 @@ class MemoryTransport:
 
     async def drain(self) -> None:
         """Stop handing out; see Transport."""
-        for reader in self._readers.values():
+        for reader in self.readers.values():
             reader.draining = True
 
     async def stop(self) -> None:
         """Forget everything."""
-        self._readers.clear()
+        self.readers.clear()
         self._routes.clear()
 
 
-class _Reader:
-    """Messages of one subscription, oldest first."""
+class Reader:
+    """Messages of one subscription, oldest first.
+
+    Attributes:
+        under_way: handed out and not settled; a store in memory counts it down itself.
+    """
 
     def __init__(self, subscription: Subscription) -> None:
         self.subscription = subscription
@@ -152,7 +152,7 @@ class _Reader:
         return taken
 
 
-class _PriorityReader(_Reader):
+class PriorityReader(Reader):
     """Messages of one Queue, the most urgent first."""
 
     def __init__(self, subscription: Subscription) -> None:
