@@ -88,6 +88,14 @@ unpack = msgspec.msgpack.Decoder(Message).decode
 """Read `pack` back. Raises msgspec.DecodeError for anything else."""
 
 
+def read_packed(raw: bytes) -> Message | None:
+    """Return the message of an envelope as stored, or None if it is unreadable."""
+    try:
+        return unpack(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def checked(message: Message) -> Message:
     """Return `message` if its attributes have their types, so that it can be stored and read again.
 

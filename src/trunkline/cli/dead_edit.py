@@ -16,11 +16,10 @@ import msgspec
 
 from trunkline.channel import MessageType, message_types
 from trunkline.cli.publish import fields_of
-from trunkline.cli.tail import read
 from trunkline.cli.terminal import printable
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, DeadLetterError, DecodeError
-from trunkline.message import JSON, Message, pack, unpack
+from trunkline.message import JSON, Message, pack, read_packed, unpack
 from trunkline.store import DeadLetterRow
 
 
@@ -38,7 +37,7 @@ def edited(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]:
 
     Raises: DeadLetterError E602 if the payload is no JSON, E603 if an unreadable envelope lacks type or data.
     """
-    old = read(row.raw)
+    old = read_packed(row.raw)
     if change.data is not None and (old is None or old.datacontenttype == JSON):
         change = msgspec.structs.replace(change, data=_compact(change.data))
     if old is None:
@@ -134,7 +133,7 @@ def editor_text(row: DeadLetterRow) -> bytes:
 
     Raises: DeadLetterError E603 for an unreadable envelope; ConfigurationError E217 if the editor fails.
     """
-    message = read(row.raw)
+    message = read_packed(row.raw)
     if message is None:
         raise DeadLetterError(
             "E603",

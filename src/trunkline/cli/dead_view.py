@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from trunkline.cli.tail import clock_time, read
+from trunkline.cli.tail import clock_time
 from trunkline.cli.terminal import ago, printable, write_rows
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def details(row: DeadLetterRow, *, with_payload: bool) -> dict[str, Any]:
         "at": clock_time(row.at), "holds_key": row.holds, "waiting_behind": row.waiting,
     }  # fmt: skip
     if with_payload:
-        message = read(row.raw)
+        from trunkline.message import read_packed
+
+        message = read_packed(row.raw)
         found["traceback"] = row.detail
         found["envelope"] = None if message is None else envelope(message)
         found["payload"] = _json_value(row.raw if message is None else message.data)
@@ -80,7 +82,9 @@ def write(row: DeadLetterRow, console: Console) -> None:
     """Print everything about one dead letter."""
     from rich.text import Text
 
-    message = read(row.raw)
+    from trunkline.message import read_packed
+
+    message = read_packed(row.raw)
     behind = f"{row.waiting} of its key wait behind it" if row.holds else "its key goes on without it"
     if row.key is None:
         behind = "no key, nothing waits behind it"

@@ -15,10 +15,9 @@ from typing import Any, Self
 import apsw
 import msgspec
 
-from trunkline.cli.tail import read
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
-from trunkline.message import Message
+from trunkline.message import Message, read_packed
 from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
@@ -337,7 +336,7 @@ class EmbeddedFile:
             return
         with self._translated():
             for label, event, behind, held_by, *rest in self.connection.execute(_PARKED, (subscription,)):
-                message = read(event)
+                message = read_packed(event)
                 if message_type in (None, message.type if message else ""):
                     key, due, attempt, reason = rest
                     yield ParkedRow(label, message, key, due, attempt, reason, behind, held_by)
@@ -400,7 +399,7 @@ def _least(times: Iterable[float | None]) -> float | None:
 
 def _time(raw: bytes) -> float | None:
     """Return the time of an envelope; an unreadable one has none."""
-    message = read(raw)
+    message = read_packed(raw)
     return None if message is None else message.time
 
 

@@ -81,25 +81,15 @@ def _messages(file: EmbeddedFile, channel: StoredChannel, after: int, *, follow:
 
 
 def _is_new(stored: StoredMessage, seen: deque[str]) -> bool:
-    message = read(stored.raw)
+    from trunkline.message import read_packed
+
+    message = read_packed(stored.raw)
     if message is None:
         return True
     if message.identity in seen:
         return False
     seen.append(message.identity)
     return True
-
-
-def read(raw: bytes) -> Message | None:
-    """Return the message of an envelope, or None if it is unreadable."""
-    import msgspec
-
-    from trunkline.message import unpack
-
-    try:
-        return unpack(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def payload_line(message: Message) -> str:
@@ -121,7 +111,9 @@ def clock_time(seconds: float) -> str:
 
 
 def _line(stored: StoredMessage) -> str:
-    message = read(stored.raw)
+    from trunkline.message import read_packed
+
+    message = read_packed(stored.raw)
     if message is None:
         return f"position {stored.position}: unreadable, {len(stored.raw)} bytes 0x{stored.raw[:64].hex()}"
     key = "-" if message.partitionkey is None else printable(message.partitionkey)
@@ -134,9 +126,9 @@ def _line(stored: StoredMessage) -> str:
 def _as_json(stored: StoredMessage) -> str:
     import msgspec
 
-    from trunkline.message import to_structured
+    from trunkline.message import read_packed, to_structured
 
-    message = read(stored.raw)
+    message = read_packed(stored.raw)
     if message is None:
         return msgspec.json.encode({"position": stored.position, "unreadable": stored.raw.hex()}).decode()
     return to_structured(msgspec.structs.replace(message, sequence=str(stored.position))).decode()

@@ -11,9 +11,8 @@ import pytest
 
 from tests.unit.cli.conftest import wait_until
 from trunkline.cli.dead_edit import Change, difference, edited
-from trunkline.cli.tail import read
 from trunkline.errors import DeadLetterError
-from trunkline.message import Message, pack
+from trunkline.message import Message, pack, read_packed
 from trunkline.store import DeadLetterRow
 
 pytestmark = pytest.mark.timeout(120)
@@ -216,7 +215,7 @@ def test_an_editor_changes_the_payload(buried_copy, monkeypatch):
 def test_an_edit_keeps_everything_else_of_the_envelope():
     message = Message("i", "t", "s", b'{"a":1}', 5.0, "k", correlationid="c", extensions={"x": "y"})
     raw, changes = edited(row(pack(message)), Change(b'{ "a": 2 }', "u", schema_version=2))
-    new = read(raw)
+    new = read_packed(raw)
     assert changes == ["type: t -> u", "schemaversion: 1 -> 2", "data.a: 1 -> 2"]
     assert new == Message(
         "i", "u", "s", b'{"a":2}', 5.0, "k", correlationid="c", schemaversion=2, extensions={"x": "y"}
