@@ -6,6 +6,7 @@ import pytest
 
 from trunkline import App, Queue, Service, Stream, Struct
 from trunkline.engine import query
+from trunkline.engines import LOG_BYTES, _grow_log
 
 entries = Stream("shared-entries", key="lane")
 errands = Queue("shared-errands")
@@ -84,3 +85,16 @@ async def test_positions_of_a_stream_go_on_after_all_of_it_was_trimmed(tmp_path,
             assert query(app.transport.engine.reader, "SELECT max(place) & 0xffffffffff FROM trunkline_log") == [(6,)]
     finally:
         entries.retention_s = None
+
+
+async def test_the_log_has_its_length_from_the_start_and_the_file_is_sound(tmp_path, caplog):
+    path = tmp_path / "grown.db"
+    async with App(Service("anyone"), f"sqlite:///{path}") as app:
+        log = path.with_name("grown.db-wal")
+        assert log.stat().st_size >= LOG_BYTES
+        await app.publish_all([Entry("a", number) for number in range(100)])
+        assert query(app.transport.engine.reader, "PRAGMA integrity_check") == [("ok",)]
+        assert query(app.transport.engine.reader, "SELECT count(*) FROM trunkline_log") == [(100,)]
+    assert not caplog.records
+    _grow_log(tmp_path / "missing" / "x-wal")
+    assert "commits are slower until it has grown" in caplog.text
