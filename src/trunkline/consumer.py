@@ -301,12 +301,14 @@ class Consumer:
             self._undone(unit, error)
             return
         parking = self.parking
-        for delivery in unit.deliveries:
-            if parking.keys or delivery.row != LIVE or unit.outcome is not ACK:
-                parking.committed(delivery)
+        deliveries = unit.deliveries
+        if unit.outcome is not ACK or parking.keys or len(deliveries) > 1 or deliveries[0].row != LIVE:
+            for delivery in deliveries:
+                if parking.keys or delivery.row != LIVE or unit.outcome is not ACK:
+                    parking.committed(delivery)
         if not self._shared:
             self._acknowledge_later(unit)
-        self._under_way -= len(unit.deliveries)
+        self._under_way -= len(deliveries)
         if self._free is not None:
             self._give_room()
 

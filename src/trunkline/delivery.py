@@ -133,19 +133,18 @@ class Deliverer:
 
         A handler that never suspends is finished here, without a task.
         """
-        unit = Unit((delivery,), self._settled)
         message = delivery.message
         if message is None or self._parked or message.expirytime is not None:
             outcome = self._known_outcome(delivery)
             if outcome is not None:
-                self.settle(unit, outcome)
+                self.settle(Unit((delivery,), self._settled), outcome)
                 return None
             message = delivery.message
         route = self._routes.get(message.type, self._every)  # type: ignore[union-attr]
         if route is None:
-            self.settle(unit, self._unknown(message))  # type: ignore[arg-type]
+            self.settle(Unit((delivery,), self._settled), self._unknown(message))  # type: ignore[arg-type]
             return None
-        unit.owner = route.name
+        unit = Unit((delivery,), self._settled, route.name)
         if not route.is_async:
             return self._handle(route, unit, delivery, None)
         try:

@@ -123,7 +123,8 @@ class Rig:
             transport._position += 1
             partition = (0 if subscription.channel.kind == "stream" else -1) if partition is None else partition
             reader = transport.readers[subscription.label]
-            reader.add(Delivery(subscription, None, raw, None, transport._position, partition))
+            reader.append(Delivery(subscription, None, raw, None, transport._position, partition))
+            reader.wake()
             return
         await self._write_bytes(self.subscription(name), raw, partition or 0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 from trunkline.channel import Channel, Queue, Stream
@@ -54,12 +54,14 @@ class MemoryTransport:
             message = staged.message
             position = self._position = self._position + 1
             for reader in self._routes.get(staged.channel.name, ()):
-                reader.add(
+                reader.append(
                     Delivery(
                         reader.subscription, message, None, message.partitionkey, position, reader.partition,
                         0, LIVE, False, staged.fresh,  # noqa: FBT003 - positional for speed
                     )
                 )  # fmt: skip
+                if reader.waiter is not None:
+                    reader.wake()
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Put `batch` into the buffers; see Transport."""
@@ -107,6 +109,8 @@ class Reader:
     """Messages of one subscription, oldest first.
 
     Attributes:
+        append: adds one message.
+        waiter: of whoever waits for the next one; `wake` ends it.
         under_way: handed out and not settled; a store in memory counts it down itself.
     """
 
@@ -116,16 +120,12 @@ class Reader:
         self.under_way = 0
         self.draining = False
         self._buffer: deque[Delivery] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self.append: Callable[[Delivery], None] = self._buffer.append
+        self.waiter: asyncio.Future[None] | None = None
 
-    def add(self, delivery: Delivery) -> None:
-        """Append one message."""
-        self._buffer.append(delivery)
-        if self._waiter is not None:
-            self._wake()
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
+    def wake(self) -> None:
+        """Let `receive` look again."""
+        waiter, self.waiter = self.waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -145,7 +145,7 @@ class Reader:
     async def receive(self, limit: int) -> list[Delivery]:
         """Return 1 to `limit` messages."""
         while self.draining or not self.waiting():
-            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            waiter = self.waiter = asyncio.get_running_loop().create_future()
             await waiter
         taken = self.take(limit)
         self.under_way += len(taken)
@@ -158,13 +158,11 @@ class PriorityReader(Reader):
     def __init__(self, subscription: Subscription) -> None:
         super().__init__(subscription)
         self._heap: list[tuple[int, int, Delivery]] = []
+        self.append = self._insert
 
-    def add(self, delivery: Delivery) -> None:
-        """Insert one message by its priority."""
+    def _insert(self, delivery: Delivery) -> None:
         assert delivery.message is not None  # noqa: S101 - placed with its message
         heappush(self._heap, (-min(max(delivery.message.priority, 0), 9), delivery.position, delivery))
-        if self._waiter is not None:
-            self._wake()
 
     def waiting(self) -> int:
         """Return how many wait."""
