@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Protocol, is_typeddict
 
 import msgspec
-from msgspec import inspect
 
 from trunkline.errors import DecodeError, DefinitionError, PayloadError
 
@@ -58,28 +57,10 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(cls)
     except TypeError as error:
         raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
-    deep = _is_deep(inspect.type_info(cls))
+    from trunkline.depth import is_deep  # only who declares a type needs it
+
+    deep = is_deep(cls, MAX_DEPTH)
     return checked_encode(encode_json, name), checked_decode(decoder.decode, name, deep=deep)
-
-
-_NESTED = (inspect.StructType, inspect.DataclassType, inspect.TypedDictType)
-_OPEN = (inspect.AnyType, inspect.RawType, inspect.CustomType)
-
-
-def _is_deep(info: Any, outside: tuple[Any, ...] = ()) -> bool:
-    """Return whether values of a type may be nested deeper than MAX_DEPTH: it is open or contains itself."""
-    if isinstance(info, inspect.UnionType):
-        return any(_is_deep(member, outside) for member in info.types)
-    if isinstance(info, _OPEN) or len(outside) == MAX_DEPTH or any(info is other for other in outside):
-        return True
-    inside = (*outside, info)
-    if isinstance(info, inspect.CollectionType):
-        return _is_deep(info.item_type, inside)
-    if isinstance(info, inspect.TupleType):
-        return any(_is_deep(item, inside) for item in info.item_types)
-    if isinstance(info, inspect.DictType):
-        return _is_deep(info.value_type, inside)
-    return isinstance(info, _NESTED) and any(_is_deep(field.type, inside) for field in info.fields)
 
 
 def _encode_pydantic(payload: Any) -> bytes:
