@@ -71,7 +71,9 @@ def test_a_wait_that_is_no_number_of_seconds_is_refused_where_it_is_said(after_s
 
 WRONG = [
     {"key": 5}, {"key": "\ud800"}, {"id": 5}, {"id": None}, {"id": ""}, {"id": "\ud800"}, {"subject": b"bytes"},
-    {"expirytime": "tomorrow"}, {"priority": "high"}, {"extensions": {"a": 1}}, {"tenantid": 7},
+    {"expirytime": "tomorrow"}, {"expirytime": float("nan")}, {"expirytime": float("inf")}, {"expirytime": 1e300},
+    {"extensions": {"id": "another"}}, {"extensions": {"expirytime": "never"}}, {"extensions": {"data": "x"}},
+    {"priority": "high"}, {"extensions": {"a": 1}}, {"tenantid": 7},
 ]  # fmt: skip
 
 
@@ -142,8 +144,8 @@ async def test_a_unit_with_a_transaction_that_cannot_be_written_fails_alone(file
 
 FORBIDDEN = [
     "COMMIT", "/* c */ COMMIT", "; COMMIT", "-- c\nROLLBACK", "RELEASE trunkline_unit", "SAVEPOINT trunkline_unit",
-    "PRAGMA query_only=1",
-    "PRAGMA wal_checkpoint", "PRAGMA locking_mode=EXCLUSIVE", "ATTACH ':memory:' AS other", "DROP TABLE trunkline_inbox",
+    "PRAGMA query_only=1", "PRAGMA wal_checkpoint",
+    "PRAGMA locking_mode=EXCLUSIVE", "ATTACH ':memory:' AS other", "DROP TABLE trunkline_inbox",
     "DELETE FROM trunkline_inbox",
 ]  # fmt: skip
 
