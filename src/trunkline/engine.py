@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import apsw
 
+from trunkline import layout
 from trunkline.clock import Clock, WorkerThread, block
 from trunkline.errors import (
     ConfigurationError,
@@ -43,7 +44,6 @@ LOCK_WAIT_S = 30.0
 POLL_MIN_S, POLL_MAX_S = 0.001, 0.02
 """How often changes by other processes are looked for, when busy and when idle."""
 SLOW_TRANSACTION_S = 0.25
-SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE trunkline_process (
@@ -151,8 +151,8 @@ class Engine:
     async def open(self) -> None:
         """Open or create the file and register this process.
 
-        Raises: ConfigurationError E203 if the file is not ours, E225 if none can be there; TransportError E501 if it
-            cannot be opened.
+        Raises: ConfigurationError E203 or E205 if the file is not ours, E225 if none can be there; TransportError E501
+            if it cannot be opened.
         """
         self._loop = asyncio.get_running_loop()
         flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
@@ -173,7 +173,7 @@ class Engine:
     def _prepare(self) -> None:
         writer = self._writer
         writer.set_busy_timeout(10_000)
-        self._check_layout()  # before anything is changed: the file may be another program's
+        layout.check(writer, self.path)  # before anything is changed: the file may be another program's
         mode = query(writer, "PRAGMA journal_mode=WAL")[0][0]
         if mode != "wal":
             raise ConfigurationError(
@@ -183,20 +183,10 @@ class Engine:
         for setting in ("synchronous=FULL", "wal_autocheckpoint=1000", "foreign_keys=ON"):
             query(writer, f"PRAGMA {setting}")
         writer.execute("BEGIN IMMEDIATE")
-        if self._check_layout() == 0:
-            writer.execute(_SCHEMA + f"PRAGMA user_version={SCHEMA_VERSION}")
+        if layout.check(writer, self.path) == 0:
+            writer.execute(_SCHEMA + f"PRAGMA user_version={layout.VERSION}")
         writer.execute("COMMIT")
         writer.set_busy_timeout(0)
-
-    def _check_layout(self) -> int:
-        (version,) = query(self._writer, "PRAGMA user_version")[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise ConfigurationError(
-                "E205",
-                f"{self.path} has layout {version}, this release reads {SCHEMA_VERSION}",
-                "use the release that wrote it, or another file; a database of another program cannot be shared",
-            )
-        return int(version)
 
     def counter(self, name: str) -> int:
         """Return a counter as last committed.

@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import apsw
+
 from trunkline.clock import Clock
 from trunkline.engine import LEASE_S, Engine
 from trunkline.errors import ConfigurationError
@@ -21,6 +23,8 @@ log = logging.getLogger("trunkline.engine")
 LOG_BYTES = 1000 * (24 + 4096)
 """Length that the write-ahead log reaches before it is checkpointed and written over: 1,000 frames of a page each."""
 
+OPTIONS = ("lease_s", "vfs")
+_SHOWN = "lease_s (seconds, such as ?lease_s=30) and vfs (name of a registered SQLite VFS)"
 _engines: dict[tuple[int, str], Engine] = {}
 
 
@@ -29,8 +33,10 @@ async def open_engine(path: str, clock: Clock, options: Mapping[str, str]) -> En
 
     Args:
         options: of the URL: `vfs`, name of a registered SQLite VFS; `lease_s`, see LEASE_S, the same in all processes.
-    Raises: ConfigurationError E209 for a `lease_s` that is no number above 0; see also Engine.open.
+    Raises: ConfigurationError E209 for a `lease_s` that is no number above 0, E227 for an option that does not exist
+        and E228 for a `vfs` that does not; see also Engine.open.
     """
+    check_options(options)
     resolved = os.path.realpath(path)  # noqa: ASYNC240 - once, at start
     key = (id(asyncio.get_running_loop()), resolved)
     engine = _engines.get(key)
@@ -61,6 +67,20 @@ def _grow_log(path: Path) -> None:
                 os.fsync(file.fileno())
     except OSError as error:
         log.warning("%s could not be given its length, commits are slower until it has grown: %s", path, error)
+
+
+def check_options(options: Mapping[str, str]) -> None:
+    """Refuse what a URL cannot ask for.
+
+    Raises: ConfigurationError E227 for an option that does not exist, E228 for a `vfs` that does not.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigurationError("E227", f"unknown option {name!r} in a sqlite: URL", f"options are: {_SHOWN}")
+    vfs = options.get("vfs")
+    if vfs is not None and vfs not in apsw.vfs_names():
+        known = ", ".join(sorted(apsw.vfs_names()))
+        raise ConfigurationError("E228", f"no SQLite VFS {vfs!r}", f"registered are: {known}; leave vfs out for files")
 
 
 def _lease_s(options: Mapping[str, str]) -> float:

@@ -28,6 +28,10 @@ _TIMES = ("time", "expirytime")
 _NUMBERS = ("schemaversion", "priority")
 
 
+_NAMES = frozenset({"specversion", "data", "data_base64", *_ATTRIBUTES, *_TEXT_EXTENSIONS, *_TIMES, *_NUMBERS})
+"""What an extension cannot be called: on the wire all attributes stand side by side."""
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False, kw_only=False):
     """One message: CloudEvents 1.0 context attributes, registered extensions and the payload bytes.
 
@@ -105,10 +109,24 @@ def checked(message: Message) -> Message:
         if not message.id:
             raise ValueError("id is empty")  # noqa: TRY301 - one refusal for all of them
         unpack(pack(message))
+        _check_values(message)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
         wrong = _PLACE.sub(lambda found: f"attribute {Message.__struct_fields__[int(found[1])]}", str(error))
         raise PublishError("E307", f"this cannot be in an envelope: {wrong}", _TYPES) from error
     return message
+
+
+def _check_values(message: Message) -> None:
+    for name in _TIMES:
+        seconds = getattr(message, name)
+        try:
+            if seconds is not None:
+                format_time(seconds)
+        except (ValueError, OverflowError, OSError) as error:
+            raise ValueError(f"attribute {name} is {seconds}, which is no time from year 1 to 9999") from error
+    taken = sorted(_NAMES.intersection(message.extensions or ()))
+    if taken:
+        raise ValueError(f"extensions has {', '.join(taken)}, the name of an attribute of its own")
 
 
 _PLACE = re.compile(r"at `\$\[(\d+)\][^`]*`")

@@ -6,6 +6,7 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -181,9 +182,12 @@ def parse_address(url: str) -> Address:
         )
     if parts.scheme == "sqlite":
         _check_slashes(url.partition(":")[2].partition("?")[0])
+        _check_name(unquote(parts.netloc + parts.path).lstrip("/"), parts.fragment)
     slashes = "//" if "://" in url else ""
     shown = f"{parts.scheme}:{slashes}{parts.hostname or ''}{parts.path}"
-    return Address(parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query)), shown)
+    return Address(
+        parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query, keep_blank_values=True)), shown
+    )
 
 
 def _check_slashes(place: str) -> None:
@@ -195,6 +199,18 @@ def _check_slashes(place: str) -> None:
             "E206",
             f"sqlite:{place} has {slashes} slash{'es' * (slashes > 1)} before the file; three are needed",
             f"write sqlite:///{name} for a file in the current folder, sqlite:////{name} for an absolute path",
+        )
+
+
+def _check_name(name: str, fragment: str) -> None:
+    """Refuse what SQLite would take for something else than a file of that name."""
+    if name == ":memory:":
+        raise ConfigurationError("E206", "sqlite:///:memory: names no file", "use memory: to keep nothing")
+    if "\0" in name:
+        raise ConfigurationError("E206", f"{name!r} has a zero byte in it", "name another file")
+    if fragment:
+        raise ConfigurationError(
+            "E206", f"sqlite:///{name}#{fragment} has a part after '#'", "write %23 for a '#' in the name of the file"
         )
 
 
@@ -215,6 +231,8 @@ def unopened(path: str, error: Exception) -> TrunklineError:
                 "E225", f"folder {place.parent} of {place.name} does not exist", "create it, or name another one"
             )
     except OSError as denied:
+        if denied.errno == errno.ENAMETOOLONG:
+            return ConfigurationError("E225", f"{path} is too long for the name of a file", "name a shorter one")
         error = denied
     return TransportError("E501", f"{path} cannot be opened: {error}", "check that it and its folder can be written")
 

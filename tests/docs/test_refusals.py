@@ -175,9 +175,14 @@ CASES = [
     ("E203", "a file that is no database", "start(App(payment, 'sqlite:///notes.txt'))"),
     ("E204", "a file system without write-ahead logging", "start(App(payment, 'sqlite:///shop.db?vfs=unix-none'))"),
     ("E205", "a file of a newer release", "start(App(payment, 'sqlite:///newer.db'))"),
+    ("E205", "a table of ours in another program's file", "start(App(payment, 'sqlite:///foreign.db'))"),
+    ("E205", "another program's file that calls its layout as we do", "start(App(payment, 'sqlite:///other.db'))"),
     ("E206", "`sqlite:` without a file", "App(payment, 'sqlite:')"),
     ("E206", "`sqlite:` with two slashes", "App(payment, 'sqlite://shop.db')"),
     ("E206", "`sqlite:` with one slash", "App(payment, 'sqlite:/var/lib/shop.db')"),
+    ("E206", "`sqlite:` for a database in memory", "App(payment, 'sqlite:///:memory:')"),
+    ("E206", "a file name with a zero byte", "App(payment, 'sqlite:///x%00.db')"),
+    ("E206", "a URL with a `#`", "App(payment, 'sqlite:///shop#1.db')"),
     ("E206", "`memory:` with more", "App(payment, 'memory:shop')"),
     (
         "E207",
@@ -205,6 +210,9 @@ CASES = [
     ),
     ("E225", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
     ("E225", "a file where the folder should be", "start(App(payment, 'sqlite:///notes.txt/shop.db'))"),
+    ("E225", "a name that is too long", "start(App(payment, 'sqlite:///' + 'x' * 300 + '.db'))"),
+    ("E227", "an option that a URL does not have", "start(App(payment, 'sqlite:///shop.db?lease=30'))"),
+    ("E228", "a VFS that is not registered", "start(App(payment, 'sqlite:///shop.db?vfs=nope'))"),
     ("E225", "a directory in place of the file", "start(App(payment, 'sqlite:///data'))"),
     ("E501", "a file that cannot be opened", "start(App(payment, 'sqlite:///loop.db'))"),
 ]
@@ -239,6 +247,13 @@ def _folder(tmp_path, monkeypatch):
     newer = sqlite3.connect("newer.db")
     newer.execute("PRAGMA user_version = 99")
     newer.close()
+    for name, statements in (
+        ("foreign.db", "CREATE TABLE trunkline_log (line TEXT)"),
+        ("other.db", "CREATE TABLE notes (line TEXT); PRAGMA user_version = 2"),
+    ):
+        other = sqlite3.connect(name)
+        other.executescript(statements)
+        other.close()
 
 
 @pytest.mark.parametrize(("code", "which", "source"), CASES, ids=[f"{code} {which}" for code, which, _ in CASES])

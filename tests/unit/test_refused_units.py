@@ -71,7 +71,9 @@ def test_a_wait_that_is_no_number_of_seconds_is_refused_where_it_is_said(after_s
 
 WRONG = [
     {"key": 5}, {"key": "\ud800"}, {"id": 5}, {"id": None}, {"id": ""}, {"id": "\ud800"}, {"subject": b"bytes"},
-    {"expirytime": "tomorrow"}, {"priority": "high"}, {"extensions": {"a": 1}}, {"tenantid": 7},
+    {"expirytime": "tomorrow"}, {"expirytime": float("nan")}, {"expirytime": float("inf")}, {"expirytime": 1e300},
+    {"extensions": {"id": "another"}}, {"extensions": {"expirytime": "never"}}, {"extensions": {"data": "x"}},
+    {"priority": "high"}, {"extensions": {"a": 1}}, {"tenantid": 7},
 ]  # fmt: skip
 
 

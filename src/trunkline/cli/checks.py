@@ -28,7 +28,7 @@ from trunkline.errors import TrunklineError
 from trunkline.service import System
 from trunkline.store import INBOX_WINDOW_S
 from trunkline.topology import EVERY, describe
-from trunkline.transport import Transport, load_adapter, parse_address
+from trunkline.transport import Transport, load_adapter, parse_address, unopened
 
 NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "lustre",
@@ -121,7 +121,13 @@ def file_checks(url: str, *, integrity: bool) -> Iterator[Check]:
     )  # fmt: skip
     yield Check(area, "file system", *judge_file_system(file_system(folder)))
     yield _free_space(area, folder)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        refused = unopened(str(path), error)
+        yield Check(area, "file", "fail", refused.message, refused.hint)
+        return
+    if not exists:
         yield Check(area, "file", "warn", "does not exist yet", "the first `trunkline run` makes it")
         return
     try:

@@ -92,9 +92,18 @@ def edit(  # noqa: PLR0913 - one parameter per option
     *,
     data: Data = None,
     message_type: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="Another type; needed for an unreadable envelope.")
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            help="Another type; needed for an unreadable envelope.",
+            callback=options.as_utf8,
+        ),
     ] = None,
-    key: Annotated[str | None, typer.Option("--key", help="Another partition key in the envelope.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Another partition key in the envelope.", callback=options.as_utf8),
+    ] = None,
     schema_version: Annotated[
         int | None, typer.Option("--schema-version", min=1, help="Version of the schema the payload is written in.")
     ] = None,

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from trunkline.channel import MessageType, message_types
+from trunkline.cli import options
 from trunkline.cli.publish import fields_of
 from trunkline.cli.terminal import printable
 from trunkline.clock import system_clock
@@ -116,10 +117,10 @@ def difference(old: Any, new: Any, path: str = "data") -> list[str]:
 def payload_argument(text: str) -> bytes:
     """Return the bytes of `--data`: JSON, or `@FILE`.
 
-    Raises: ConfigurationError E216 if the file cannot be read.
+    Raises: ConfigurationError E216 if the file cannot be read, E226 if the text is not UTF-8.
     """
     if not text.startswith("@"):
-        return text.encode()
+        return options.utf8("--data", text).encode()
     try:
         return Path(text[1:]).read_bytes().strip()
     except OSError as error:

@@ -16,6 +16,7 @@ import apsw
 import msgspec
 
 from trunkline.config import Settings
+from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
 from trunkline.message import Message, read_packed
 from trunkline.process_lock import ProcessLock
@@ -106,7 +107,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
 def file_path(url: str, option: str = "--transport") -> str:
     """Return the path of the embedded file that `url` names.
 
-    Raises: ConfigurationError E230 if it names something else, E206 if no file, E202 if nothing installed knows it.
+    Raises: ConfigurationError E230 if it names something else, E206 if no file, E202 if nothing installed knows it,
+        E227 or E228 for its options.
     """
     address = parse_address(url)
     find_adapter(f"trunkline.{option.removeprefix('--')}s", address)
@@ -118,6 +120,7 @@ def file_path(url: str, option: str = "--transport") -> str:
             f"{address.shown} cannot be looked into from outside",
             f"name an embedded file: {option} sqlite:///shop.db",
         )
+    check_options(address.options)
     return address.path.removeprefix("/")
 
 
@@ -127,9 +130,13 @@ def existing_file(url: str, option: str = "--transport") -> str:
     Raises: ConfigurationError E202, E206, E225, E230 or E231; nothing is created.
     """
     path = file_path(url, option)
-    if Path(path).is_dir():
+    try:
+        is_file = Path(path).is_file()
+    except OSError as error:
+        raise unopened(path, error) from error
+    if not is_file and Path(path).is_dir():
         raise unopened(path, IsADirectoryError())
-    if not Path(path).is_file():
+    if not is_file:
         raise ConfigurationError(
             "E231",
             f"{path} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",

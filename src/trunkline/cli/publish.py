@@ -45,7 +45,8 @@ def publish(  # noqa: PLR0913 - one parameter per option
     ] = None,
     *,
     key: Annotated[
-        str | None, typer.Option("--key", help="Partition key, where it is not the type's key field.")
+        str | None,
+        typer.Option("--key", help="Partition key, where it is not the type's key field.", callback=options.as_utf8),
     ] = None,
     at: Annotated[
         str | None, typer.Option("--at", metavar="TIME", help="Publish then: 2026-01-31T12:00:00Z, or +30s, +10m, +2h.")
@@ -112,10 +113,12 @@ def due(text: str) -> datetime | timedelta:
     >>> due("+90s")
     datetime.timedelta(seconds=90)
     """
-    if match := _WAIT.fullmatch(text.strip()):
-        return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
     try:
+        if match := _WAIT.fullmatch(text.strip()):
+            return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
         at = datetime.fromisoformat(text)
+    except OverflowError as error:
+        raise PublishError("E306", f"--at {text!r} is too far away", "at most 999999999 days, such as +30d") from error
     except ValueError:
         at = None
     if at is None or at.tzinfo is None:
@@ -130,12 +133,14 @@ def _documents(data: str) -> list[tuple[str, bytes]]:
     if data == "-":
         return _lines("line", sys.stdin.buffer.read())
     if not data.startswith("@"):
-        return [("DATA", data.encode())]
+        return [("DATA", options.utf8("DATA", data).encode())]
     path = Path(data[1:])
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise PublishError("E311", f"{path} cannot be read: {error.strerror}", "name a file of JSON") from error
+    except (OSError, ValueError) as error:
+        raise PublishError(
+            "E311", f"{path} cannot be read: {getattr(error, 'strerror', error)}", "name a file of JSON"
+        ) from error
     return _lines(f"{path} line", content) if path.suffix in LINES else [(str(path), content)]
 
 

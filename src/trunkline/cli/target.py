@@ -88,11 +88,15 @@ def _import(name: str) -> ModuleType:
         raise _failed(name, error) from error
     except TrunklineError as error:
         raise _placed(error) from error
-    except Exception as error:
+    except KeyboardInterrupt as error:
+        if type(error) is KeyboardInterrupt:  # Ctrl-C during the import
+            raise
+        raise _failed(name, error) from error
+    except BaseException as error:
         raise _failed(name, error) from error
 
 
-def _failed(name: str, error: Exception) -> ConfigurationError:
+def _failed(name: str, error: BaseException) -> ConfigurationError:
     text = str(error).strip().splitlines()
     said = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     hint = "trunkline --traceback … shows all of it"

@@ -122,6 +122,8 @@ def test_a_traceback_is_shown_when_asked_for(project, how):
         ("absent:system", "E211", 2, "no module 'absent'"),
         ("broken:system", "E212", 2, "(broken.py:2): ZeroDivisionError"),
         ("syntax:system", "E212", 2, "(syntax.py:1)"),
+        ("ends:system", "E212", 2, "(ends.py:2): SystemExit: 4"),
+        ("stops:system", "E212", 2, "(stops.py:2): Stop"),
         ("missing:system", "E212", 2, "No module named 'not_installed_anywhere'"),
         ("shop:OrderPlaced", "E214", 2, "a System, Service or App is needed"),
         ("wrong:system", "E101", 2, "(wrong.py:"),
@@ -132,6 +134,8 @@ def test_a_target_that_cannot_be_loaded_says_where_and_why(project, target, code
         "broken": "x = 1\n1 / 0\n",
         "syntax": "def\n",
         "missing": "import not_installed_anywhere\n",
+        "ends": "import sys\nsys.exit(4)\n",
+        "stops": "class Stop(KeyboardInterrupt): ...\nraise Stop\n",
         "wrong": "from trunkline import Service\ns = Service('s')\n@s.handle\nasync def f(x: int) -> None: ...\n",
     }.items():
         (project.folder / f"{name}.py").write_text(source)

@@ -59,6 +59,43 @@ def test_what_does_not_fit_is_refused_and_nothing_is_published(used, arguments, 
     assert lines(used, "orders") == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["publish", "shop:system", "Headline", '{"text": "\udcff"}'],
+        ["publish", "shop:system", "Headline", '{"text": "a"}', "--key", "\udcff"],
+        ["dead", "edit", "1", "--data", '"\udcff"'],
+        ["dead", "edit", "1", "--key", "\udcff"],
+        ["dead", "list", "--type", "\udcff"],
+        ["parked", "--subscription", "\udcff"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2] + arguments[-2:-1]),
+)
+def test_an_argument_that_is_not_utf_8_is_refused(buried_copy, arguments):
+    shown = buried_copy.cli(*arguments, code=2).err
+    assert shown.startswith("E226")
+    assert "\\xff" in shown
+
+
+def test_a_wait_that_no_date_can_hold_is_refused(used):
+    arguments = ["Headline", '{"text": "a"}', "--at", "+99999999999d"]
+    assert used.cli("publish", "shop:system", *arguments, code=1).err.startswith("E306 --at '+99999999999d' is too far")
+
+
+@pytest.mark.parametrize("command", [["backlog"], ["tail", "orders", "--no-follow"], ["dead", "list"]])
+def test_a_name_that_is_too_long_for_a_file_is_refused(project, command):
+    assert project.cli(*command, "--transport", f"sqlite:///{'x' * 300}", code=2).err.startswith("E225")
+
+
+def test_the_doctor_says_so_of_a_name_that_is_too_long(project):
+    assert "too long" in project.cli("doctor", "--transport", f"sqlite:///{'x' * 300}", code=1).out
+
+
+@pytest.mark.parametrize(("option", "code"), [("foo=1", "E227"), ("vfs=nope", "E228")])
+def test_an_option_that_a_url_does_not_have_is_refused_by_commands_that_look_too(used, option, code):
+    assert used.cli("backlog", "--transport", f"sqlite:///trunkline.db?{option}", code=2).err.startswith(code)
+
+
 def test_one_wrong_line_publishes_none(used):
     text = '{"order_id": "1", "amount": 1}\n{"order_id": 2, "amount": 1}\n'
     assert "line 2" in used.cli("publish", "shop:system", "OrderPlaced", "-", stdin=text, code=1).err
