@@ -1,13 +1,14 @@
 """The processes that share a file: signing on, signs of life, taking over from the dead.
 
 Invariant: a process is taken over once, and only if it is gone or silent for a lease; what it held is given back
-by every kind of table in the file, or by nobody yet. Never does: commit for a process that was taken over (engine.py).
+in every kind of table, or by nobody yet. Never does: commit for a process that was taken over (engine.py).
 Read next: process_lock.py.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import apsw
@@ -52,7 +53,9 @@ class Membership:
         now = engine.clock.now()
         rows = engine.reader.execute("SELECT id, beat FROM trunkline_process").fetchall()
         dead = [number for number, beat in rows if self._is_dead(number, beat, now)]  # type: ignore[arg-type]
-        if not dead or not self._complete():
+        strange = self._strange_tables() if dead else ()
+        dead = [number for number in dead if not self._has_rows(int(number), strange)]  # type: ignore[arg-type]
+        if not dead:
             return
 
         def take_over(connection: apsw.Connection) -> list[int]:
@@ -70,14 +73,22 @@ class Membership:
             for stage in engine.stages:
                 stage.foreign_change()
 
-    def _complete(self) -> bool:
-        """Return whether the stages here know every table in which a process may hold something."""
+    def _strange_tables(self) -> set[str]:
+        """Return the tables in which a process may hold rows and which no stage here knows."""
         tables = self._engine.reader.execute(
             "SELECT m.name FROM sqlite_master m JOIN pragma_table_info(m.name) c ON c.name = 'owner'"
             " WHERE m.type = 'table' AND m.name LIKE 'trunkline_%'"
         ).fetchall()
         known = {table for stage in self._engine.stages for table in stage.owned}
-        return {name for (name,) in tables} <= known
+        return {str(name) for (name,) in tables} - known
+
+    def _has_rows(self, number: int, tables: Collection[str]) -> bool:
+        """Return whether a process holds rows that cannot be given back here: one that knows their table will."""
+        reader = self._engine.reader
+        return any(
+            reader.execute(f"SELECT 1 FROM {table} WHERE owner = ? LIMIT 1", (number,)).fetchall()  # noqa: S608
+            for table in tables
+        )
 
     def _is_dead(self, number: int, beat: float, now: float) -> bool:
         engine = self._engine

@@ -33,7 +33,7 @@ async def test_sigterm_finishes_what_has_begun_and_leaves_the_rest(tmp_path):
     assert len(finished) < 100, "what had not begun is left for later"
     assert file.backlog(path) == 100 - len(finished)
     assert file.number(path, "SELECT count(*) FROM trunkline_dead_letter") == 0
-    assert file.number(path, f"SELECT count(*) FROM trunkline_queue WHERE owner != {FREE} OR suspect") == 0
+    assert file.number(path, f"SELECT count(*) FROM trunkline_queue WHERE holder != {FREE} OR suspect") == 0
 
 
 async def test_a_second_signal_stops_at_once_and_the_message_comes_again(tmp_path):

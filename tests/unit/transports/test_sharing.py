@@ -5,6 +5,7 @@ Another process is played by its rows: it reads a share of the partitions until 
 
 import asyncio
 
+import apsw
 import pytest
 
 from tests.unit.rig import until
@@ -34,7 +35,7 @@ class Other:
         await self._change(lambda c: c.execute("INSERT INTO trunkline_member VALUES (?, ?)", row))
 
     async def go(self) -> None:
-        await self._change(lambda c: c.execute("DELETE FROM trunkline_member WHERE process = ?", (OTHER,)))
+        await self._change(lambda c: c.execute("DELETE FROM trunkline_member WHERE owner = ?", (OTHER,)))
 
     async def _change(self, change) -> None:
         await self.transport.engine.run(change)
@@ -123,3 +124,52 @@ async def test_suspects_given_back_unhandled_are_suspects_still(tmp_path, handle
     async with App(service, url) as app:
         await until(lambda: handled)
         await until(lambda: query(app.transport.engine.reader, attempts) == [(0,)])
+
+
+def hold_rows(path, table: str) -> None:
+    """Let a process that died long ago own what `table` has."""
+    connection = apsw.Connection(str(path))
+    connection.execute(f"INSERT INTO trunkline_process VALUES ({OTHER}, 1, 0, 0)")
+    connection.execute(f"UPDATE {table} SET owner = {OTHER}")
+    connection.close()
+
+
+async def test_a_file_that_was_once_a_store_too_is_taken_over_by_a_process_that_only_has_channels_there(
+    tmp_path, handled
+):
+    service, channels = Service("sharer"), tmp_path / "channels.db"
+
+    @service.handle
+    async def handle(event: Shared) -> None:
+        handled.append((event.lane, event.number))
+
+    async with App(Service("anyone"), f"sqlite:///{channels}") as app:  # its store is the same file
+        await app.publish(Shared(HERE, 0))
+    store = f"sqlite:///{tmp_path}/store.db"
+    async with App(service, f"sqlite:///{channels}", store=store):
+        await until(lambda: handled)
+    hold_rows(channels, "trunkline_partition")
+    async with App(service, f"sqlite:///{channels}", store=store) as app:
+        await app.publish(Shared(HERE, 1))
+        await until(lambda: len(handled) == 2)
+
+
+async def test_what_a_process_cannot_give_back_it_leaves_to_one_that_can(tmp_path):
+    channels = tmp_path / "channels.db"
+    service = Service("sharer")
+
+    @service.handle(retry=Retry(immediate=0, delays_s=(1000.0,)))
+    async def refuse(event: Shared) -> None:
+        raise ConnectionError("away")
+
+    parked = "SELECT owner FROM trunkline_parked"
+    async with App(service, f"sqlite:///{channels}") as app:
+        await app.publish(Shared(HERE, 0))
+        await until(lambda: query(app.transport.engine.reader, parked) == [(None,)])
+    hold_rows(channels, "trunkline_parked")
+    async with App(service, f"sqlite:///{channels}", store=f"sqlite:///{tmp_path}/store.db") as app:
+        await app.transport.engine.sweep()
+        assert query(app.transport.engine.reader, parked) == [(OTHER,)]
+    async with App(service, f"sqlite:///{channels}") as app:
+        await app.transport.engine.sweep()
+        assert query(app.transport.engine.reader, parked) == [(None,)]

@@ -226,7 +226,7 @@ class StreamReader(Reader):
             row[0]
             for row in query(
                 connection,
-                "SELECT process FROM trunkline_member WHERE subscription = ? ORDER BY process",
+                "SELECT owner FROM trunkline_member WHERE subscription = ? ORDER BY owner",
                 (self.number,),
             )
         ]

@@ -22,22 +22,22 @@ CREATE TABLE IF NOT EXISTS trunkline_log (
     place INTEGER PRIMARY KEY, partition INTEGER NOT NULL, at INTEGER NOT NULL, event BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS trunkline_queue (
-    place INTEGER PRIMARY KEY, owner INTEGER NOT NULL, suspect INTEGER NOT NULL, event BLOB NOT NULL
+    place INTEGER PRIMARY KEY, holder INTEGER NOT NULL, suspect INTEGER NOT NULL, event BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS trunkline_hold (
-    process INTEGER NOT NULL, subscription INTEGER NOT NULL, high INTEGER NOT NULL, PRIMARY KEY (process, subscription)
+    owner INTEGER NOT NULL, subscription INTEGER NOT NULL, high INTEGER NOT NULL, PRIMARY KEY (owner, subscription)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trunkline_partition (
     subscription INTEGER NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL, owner INTEGER,
     suspect INTEGER NOT NULL, PRIMARY KEY (subscription, partition)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS trunkline_member (
-    subscription INTEGER NOT NULL, process INTEGER NOT NULL, PRIMARY KEY (subscription, process)
+    subscription INTEGER NOT NULL, owner INTEGER NOT NULL, PRIMARY KEY (subscription, owner)
 ) WITHOUT ROWID;
 """
 
 FREE = 1 << 24
-"""`owner` of a queue row that nobody has; else FREE plus the number of the process.
+"""`holder` of a queue row that nobody has; else FREE plus the number of the process.
 
 Numbers of this size all take four bytes, so a claim overwrites the row where it stands and no page is split.
 """
@@ -108,7 +108,7 @@ def read_queue(connection: apsw.Connection, subscription: int, after: int, limit
 def has_free(connection: apsw.Connection, subscription: int, after: int) -> bool:
     """Return whether a row after the place `after` is nobody's."""
     end = queue_range(subscription)[1]
-    sql = "SELECT 1 FROM trunkline_queue WHERE place > ? AND place < ? AND owner = ? LIMIT 1"
+    sql = "SELECT 1 FROM trunkline_queue WHERE place > ? AND place < ? AND holder = ? LIMIT 1"
     return bool(query(connection, sql, (after, end, FREE)))
 
 
@@ -119,8 +119,8 @@ def claim(
     end = queue_range(subscription)[1]
     rows = query(
         connection,
-        "UPDATE trunkline_queue SET owner = ?1 WHERE place IN (SELECT place FROM trunkline_queue"
-        " WHERE place > ?2 AND place < ?3 AND owner = ?4 ORDER BY place LIMIT ?5) RETURNING place, suspect, event",
+        "UPDATE trunkline_queue SET holder = ?1 WHERE place IN (SELECT place FROM trunkline_queue"
+        " WHERE place > ?2 AND place < ?3 AND holder = ?4 ORDER BY place LIMIT ?5) RETURNING place, suspect, event",
         (FREE + process, after, end, FREE, limit),
     )
     return sorted(rows)
@@ -141,20 +141,20 @@ def give_back(connection: apsw.Connection, process: int, *, suspect: bool) -> No
         suspect: whether it may have died of one of them.
     """
     for subscription, high in query(
-        connection, "SELECT subscription, high FROM trunkline_hold WHERE process = ?", (process,)
+        connection, "SELECT subscription, high FROM trunkline_hold WHERE owner = ?", (process,)
     ):
         connection.execute(
-            "UPDATE trunkline_queue SET owner = ?, suspect = max(suspect, ?)"
-            " WHERE place > ? AND place <= ? AND owner = ?",
+            "UPDATE trunkline_queue SET holder = ?, suspect = max(suspect, ?)"
+            " WHERE place > ? AND place <= ? AND holder = ?",
             (FREE, suspect, queue_range(subscription)[0], high, FREE + process),
         )
         if connection.changes():
             count_up(connection, "returned")
-    connection.execute("DELETE FROM trunkline_hold WHERE process = ?", (process,))
+    connection.execute("DELETE FROM trunkline_hold WHERE owner = ?", (process,))
     connection.execute(
         "UPDATE trunkline_partition SET owner = NULL, suspect = max(suspect, ?) WHERE owner = ?", (suspect, process)
     )
-    connection.execute("DELETE FROM trunkline_member WHERE process = ?", (process,))
+    connection.execute("DELETE FROM trunkline_member WHERE owner = ?", (process,))
 
 
 def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> Backlog:
@@ -171,7 +171,7 @@ def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> 
         return Backlog(waiting)
     waiting, free = query(
         connection,
-        "SELECT count(*), count(*) FILTER (WHERE owner = ?) FROM trunkline_queue WHERE place > ? AND place < ?",
+        "SELECT count(*), count(*) FILTER (WHERE holder = ?) FROM trunkline_queue WHERE place > ? AND place < ?",
         (FREE, *queue_range(number)),
     )[0]
     return Backlog(waiting, waiting - free)

@@ -55,7 +55,7 @@ class SqliteTransport:
     """Channels in the file that `address` names."""
 
     schema = SCHEMA
-    owned: tuple[str, ...] = ("trunkline_queue", "trunkline_partition")
+    owned: tuple[str, ...] = ("trunkline_hold", "trunkline_partition", "trunkline_member")
     capabilities = Capabilities(
         durable=True,
         processes=True,
@@ -343,9 +343,9 @@ class SqliteTransport:
         for number, reader in route.queues:
             self._row += 1
             place = queue_place(number, priority, self._row)
-            owner = FREE
+            holder = FREE
             if reader is not None and reader.takes_fresh():
-                owner += self.engine.process
+                holder += self.engine.process
                 reader.held += 1
                 if place > reader.high:
                     reader.high = place + HOLD_AHEAD
@@ -354,7 +354,7 @@ class SqliteTransport:
                 self._fresh.append((reader, fresh))
             elif reader is not None:
                 reader.behind = True
-            queue_rows.append((place, owner, event))
+            queue_rows.append((place, holder, event))
 
     def _advance(self, connection: apsw.Connection, touched: set[Partition]) -> None:
         rows = []
