@@ -85,15 +85,23 @@ class MessageType:
         self.key = key
         self.encode: Encode
         self._decode: Decode
-        self.encode, self._decode = compile_codec(cls, name)
-        self.decode: Decode = self._decode
-        self.key_of = _key_getter(cls, key)
+        try:
+            self.encode, self._decode = compile_codec(cls, name)
+            self.key_of = _key_getter(cls, key)
+        except NameError as error:
+            call = f"{channel.variable}.{kind}({cls.__name__})"
+            raise DefinitionError(
+                "E119",
+                f"{cls.__name__}: {error}",
+                f"a type that names itself or a later one is declared after it: {call}",
+            ) from error
         self.upcasters: dict[int, Upcaster] = {}
+        self.decode: Callable[[Any], Any] = self._decode if version == 1 else self._decode_any_version
 
     def add_upcaster(self, version: int, function: Upcaster) -> None:
         """Read schema `version` too: `function` makes the next version of it."""
         self.upcasters[version] = function
-        self.decode = self._decode_any_version  # type: ignore[assignment]
+        self.decode = self._decode_any_version
 
     def _decode_any_version(self, message: Message) -> Any:
         if message.schemaversion < self.version:

@@ -91,6 +91,8 @@ class Handler:
     def __init__(self, function: Callable[..., Any], options: Options) -> None:
         self.function = function
         self.options = options
+        if not hasattr(function, "__qualname__"):
+            raise DefinitionError("E107", f"{function!r} is no function", "write a def or async def that calls it")
         self.name = f"{function.__module__}.{function.__qualname__}"
         self.is_async = inspect.iscoroutinefunction(function)
         hints = _hints(function, self.name)

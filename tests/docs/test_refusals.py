@@ -100,6 +100,7 @@ CASES = [
         "start(App(System('shop', [payment, mail]), 'memory:'))",
     ),
     ("E106", "a class declared on a second channel", "stock.event(OrderPlaced)"),
+    ("E107", "an object that is no function", "payment.handle(Batch(size=5))"),
     ("E107", "no parameter", "@payment.handle\nasync def charge() -> None: ..."),
     ("E107", "message without a type", "@payment.handle\nasync def charge(order) -> None: ..."),
     (
@@ -156,6 +157,11 @@ CASES = [
         "retries longer than the inbox remembers",
         "@payment.handle(retry=Retry(delays_s=(86400.0,) * 7))\nasync def charge(order: OrderPlaced) -> None: ...\n"
         "start(App(payment, 'memory:'))",
+    ),
+    (
+        "E119",
+        "a type that names itself, declared in place",
+        "@jobs.command\nclass Node(Struct):\n    children: 'list[Node]'",
     ),
     ("E119", "a class that is no payload", "jobs.command(type('Plain', (), {}))"),
     (
