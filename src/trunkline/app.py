@@ -22,13 +22,13 @@ from trunkline.clock import Clock, offload, system_clock
 from trunkline.consumer import Consumer
 from trunkline.delivery import Deliverer, compile_routes
 from trunkline.errors import ConfigurationError, DefinitionError, TransportError, TrunklineError
-from trunkline.handler import Context, Handler, check_allowed, due_time, make_message
+from trunkline.handler import Context, Handler, check_allowed, check_schedules, due_time, make_message
 from trunkline.hooks import Hooks
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
 from trunkline.policies.retry import describe
 from trunkline.service import Background, Service, System
-from trunkline.store import INBOX_WINDOW_S, Store, Unit, resolve
+from trunkline.store import INBOX_WINDOW_S, Store, Unit, dead_letter_queue, resolve
 from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
 
 log = logging.getLogger("trunkline.app")
@@ -101,6 +101,10 @@ class App:
         plans = list(_plans(self.system))
         subscriptions = [subscription for _, subscription, _ in plans]
         channels = _channels(self.system)
+        if not self.store.keeps:
+            for subscription in subscriptions:
+                queue = dead_letter_queue(subscription.name)
+                channels.setdefault(queue.name, queue)
         await self.transport.start(channels.values(), subscriptions)
         try:
             shared = await self.store.start(self.transport, subscriptions)
@@ -322,6 +326,7 @@ class App:
 
     async def schedule(self, payload: Any, at: datetime | timedelta, **attributes: Any) -> str:
         """Store a message that is published at a time, or so long from now; it is stored when this returns."""
+        check_schedules(self.store)
         due = due_time(at, self.clock.now())
         staged = make_message(payload, self.clock, self.system.name, None, None, None, attributes)
         await self.commit([Staged(staged.channel, staged.message, due)])
@@ -358,6 +363,12 @@ class App:
                         f"queue {channel.name!r} asks for priority,"
                         f" which {parse_address(self.transport_url).shown} cannot keep",
                         "use another transport or declare the queue without priority",
+                    )
+                if channel.kind == "stream" and handler.options.after_dead_letter == "hold" and not self.store.keeps:
+                    raise DefinitionError(
+                        "E117",
+                        f"{handler.name} holds a key behind its dead letter, and {self.store_url} keeps nothing",
+                        'name a store, or say handle(after_dead_letter="continue")',
                     )
                 if handler.options.retry.longest_s >= INBOX_WINDOW_S:
                     raise DefinitionError(

@@ -149,15 +149,18 @@ class Channel:
     Args:
         name: lower-case letters, digits, `-`, `_` and `.`, up to 120 characters; the same on every transport.
         key: field of the payloads that gives the partition key.
+        plain: CloudEvents type that messages of other programs are taken for which are no CloudEvents; without it
+            they are dead letters.
     Raises: DefinitionError E113 for a name outside these rules.
     """
 
     kind: ClassVar[Literal["queue", "topic", "stream"]]
 
-    def __init__(self, name: str, *, key: str | None = None) -> None:
+    def __init__(self, name: str, *, key: str | None = None, plain: str | None = None) -> None:
         check_name("channel", name)
         self.name = name
         self.key = key
+        self.plain = plain
         self.types: dict[str, MessageType] = {}
 
     @property
@@ -257,8 +260,8 @@ class Queue(Channel):
 
     kind = "queue"
 
-    def __init__(self, name: str, *, key: str | None = None, priority: bool = False) -> None:
-        super().__init__(name, key=key)
+    def __init__(self, name: str, *, key: str | None = None, plain: str | None = None, priority: bool = False) -> None:
+        super().__init__(name, key=key, plain=plain)
         self.priority = priority
 
     @overload
@@ -310,9 +313,15 @@ class Stream(_EventChannel):
     kind = "stream"
 
     def __init__(
-        self, name: str, *, key: str | None = None, partitions: int = 16, retention_s: float | None = None
+        self,
+        name: str,
+        *,
+        key: str | None = None,
+        plain: str | None = None,
+        partitions: int = 16,
+        retention_s: float | None = None,
     ) -> None:
-        super().__init__(name, key=key)
+        super().__init__(name, key=key, plain=plain)
         if not 1 <= partitions <= 1024:  # noqa: PLR2004
             raise DefinitionError("E120", f"stream {name!r} with {partitions} partitions", "1 to 1024 are possible")
         self.partitions = partitions

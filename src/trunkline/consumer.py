@@ -18,7 +18,7 @@ from trunkline.errors import LeaseLostError, TransportError, TrunklineError
 from trunkline.handler import Options
 from trunkline.lanes import Lanes
 from trunkline.message import unpack
-from trunkline.outcome import ACK, DeadLetter
+from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.parking import Parking
 from trunkline.store import Store, Unit
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
@@ -172,19 +172,37 @@ class Consumer:
             # Before anything of a partition that is new here runs: its parked keys must be known.
             await self._until_stored(self.parking.load)
             self._assignment = assignment
+            batch = self._without_lost(batch)
         seen_before = [delivery for delivery in batch if not delivery.fresh]
         if seen_before:
-            batch = self._without_known(batch, seen_before)
+            batch = await self._without_known(batch, seen_before)
             if any(delivery.suspect for delivery in batch):
                 batch = await self._admit_suspects(batch)
         self._run(batch)
 
-    def _without_known(self, batch: list[Delivery], candidates: list[Delivery]) -> list[Delivery]:
+    def _without_lost(self, batch: list[Delivery]) -> list[Delivery]:
+        """Forget what waits here of partitions that another process reads now; return the rest of `batch`."""
+
+        def lost(delivery: Delivery) -> bool:
+            live = delivery.partition >= 0 and delivery.row == LIVE
+            return live and not self._transport.owns(self.subscription, delivery.partition)
+
+        forgotten = self.lanes.forget(lost)
+        for waiting in (self._gathered, batch):
+            forgotten += [delivery for delivery in waiting if lost(delivery)]
+            waiting[:] = [delivery for delivery in waiting if not lost(delivery)]
+        self._under_way -= len(forgotten)
+        self._give_room()
+        return batch
+
+    async def _without_known(self, batch: list[Delivery], candidates: list[Delivery]) -> list[Delivery]:
         """Acknowledge those of `candidates` that were handled before; return the rest of `batch`."""
         for delivery in candidates:
             if delivery.message is None:
                 self._read_envelope(delivery)
-        known = self._store.known(self.subscription, candidates)
+        if not self._store.remembers:
+            return batch
+        known = await self._until_stored(lambda: self._store.known(self.subscription, candidates))
         rest = []
         for delivery in batch:
             message = delivery.message
@@ -214,7 +232,9 @@ class Consumer:
     async def _admit_suspects(self, batch: list[Delivery]) -> list[Delivery]:
         """Count the try on disk before it begins; run alone what was under way in more than one crash."""
         suspects = [delivery for delivery in batch if delivery.suspect]
-        counts = dict(zip(map(id, suspects), self._store.attempts(suspects), strict=True))
+        counts = dict(
+            zip(map(id, suspects), await self._until_stored(lambda: self._store.attempts(suspects)), strict=True)
+        )
         new = [delivery for delivery in suspects if not counts[id(delivery)]]
         if new:
             await self._until_stored(lambda: self._store.begin_attempts(new))
@@ -266,7 +286,7 @@ class Consumer:
     async def run_parked(self, deliveries: list[Delivery]) -> None:
         """Run parked messages that are due; each try is counted, for one may take the process down."""
         self._under_way += len(deliveries)
-        fresh = self._without_known(deliveries, deliveries)
+        fresh = await self._without_known(deliveries, deliveries)
         if fresh:
             self._run(await self._admit_suspects(fresh))
 
@@ -318,11 +338,16 @@ class Consumer:
             free.set_result(None)
 
     def _acknowledge_later(self, unit: Unit) -> None:
-        live = [delivery for delivery in unit.deliveries if delivery.row == LIVE]
-        if live:
+        if self._store.keeps:
+            done = [delivery for delivery in unit.deliveries if delivery.row == LIVE]
+        elif isinstance(unit.outcome, RetryLater):
+            return  # only the broker keeps it: it is acknowledged after its last try
+        else:
+            done = list(unit.deliveries)
+        if done:
             if not self._acks:
                 asyncio.get_running_loop().call_soon(self._send_acks)
-            self._acks += live
+            self._acks += done
 
     def _send_acks(self) -> None:
         acks, self._acks = self._acks, []

@@ -226,6 +226,7 @@ class Context:
 
         Raises: PublishError E306 for a time without zone; else see `publish`.
         """
+        check_schedules(self._store)
         due = due_time(at, self._clock.now())
         return self._stage(payload, to, key, due, attributes).message.id
 
@@ -387,6 +388,15 @@ def _with_attributes(message: Message, attributes: dict[str, Any]) -> Message:
     if isinstance(expiry, datetime | timedelta):
         attributes["expirytime"] = due_time(expiry, message.time)
     return checked(msgspec.structs.replace(message, **attributes))
+
+
+def check_schedules(store: Store) -> None:
+    """Refuse a message for later where nothing keeps it until then.
+
+    Raises: PublishError E312.
+    """
+    if not store.keeps:
+        raise PublishError("E312", "a message for later needs a store to wait in, and there is none", "name a store")
 
 
 def due_time(at: datetime | timedelta, now: float) -> float:

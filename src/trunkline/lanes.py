@@ -103,6 +103,16 @@ class Lanes:
         self._tell_rested()
         return count
 
+    def forget(self, condition: Callable[[Delivery], bool]) -> list[Delivery]:
+        """Forget what has not started and meets `condition`; return it."""
+        forgotten = []
+        for waiting in (self._ready, *self._busy.values()):
+            forgotten += [delivery for delivery in waiting if condition(delivery)]
+            kept = [delivery for delivery in waiting if not condition(delivery)]
+            waiting.clear()
+            waiting.extend(kept)
+        return forgotten
+
     async def idle(self) -> None:
         """Wait until nothing runs or waits."""
         while self._ready or self._suspended or self._awake:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from trunkline.channel import Queue
 from trunkline.message import Message
 from trunkline.outcome import ACK, Outcome
 from trunkline.transport import Delivery, Staged, Subscription, Transport
@@ -73,6 +74,11 @@ def resolve(future: asyncio.Future[None], _unit: Unit, error: BaseException | No
         future.set_exception(error)
 
 
+def dead_letter_queue(service: str) -> Queue:
+    """Return the Queue that gets what `service` could not handle when there is no store to keep it."""
+    return Queue(f"{service}.dead-letters")
+
+
 class Transaction(Protocol):
     """The user's hands on the unit of work: statements join its commit."""
 
@@ -129,7 +135,15 @@ class DeadLetterRow(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """Transactional state of a service. Implementations are found by entry point `trunkline.stores`."""
+    """Transactional state of a service. Implementations are found by entry point `trunkline.stores`.
+
+    Attributes:
+        remembers: whether it has an inbox; without one a message may have its effects twice.
+        keeps: whether a parked message is safe with it, so that the broker may forget it.
+    """
+
+    remembers: bool
+    keeps: bool
 
     async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
         """Open; return whether `transport` is the same database, so that settlement joins the commit."""
@@ -140,7 +154,7 @@ class Store(Protocol):
     async def run_schema(self, statements: Sequence[str]) -> None:
         """Run the service's own table definitions."""
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
+    async def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
         """Return (tenant or empty, identity) of those among `deliveries` that were handled before."""
 
     def submit(self, unit: Unit) -> None:
@@ -155,7 +169,7 @@ class Store(Protocol):
     async def rollback(self, unit: Unit) -> None:
         """Undo what the transaction of `unit` wrote and close it."""
 
-    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+    async def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Return how many tries of each were begun (see `begin_attempts`) and never came to an end."""
 
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
@@ -185,7 +199,7 @@ class Store(Protocol):
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Forget outbox rows that the broker has confirmed."""
 
-    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+    async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters, oldest first."""
 
     async def redrive(self, number: int, raw: bytes | None = None) -> None:

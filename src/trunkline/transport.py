@@ -7,11 +7,13 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Awaitable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
 
@@ -100,13 +102,23 @@ class Backlog(msgspec.Struct, frozen=True):
 
 
 class Capabilities(msgspec.Struct, frozen=True):
-    """What a transport keeps by itself; start-up refuses what neither it nor the Store can keep."""
+    """What a transport keeps by itself; start-up refuses what neither it nor the Store can keep.
+
+    Attributes:
+        durable: what was confirmed survives the end of every process.
+        processes: several processes can share a subscription.
+        priority: a Queue may let urgent messages overtake.
+        ordered_streams: a Stream keeps the order of each key, whichever process reads it.
+        description: in a line, for `doctor`.
+        foreign: other programs can publish to its channels.
+    """
 
     durable: bool
     processes: bool
     priority: bool
     ordered_streams: bool
     description: str
+    foreign: bool = False
 
 
 class Transport(Protocol):
@@ -159,15 +171,20 @@ class Address(msgspec.Struct, frozen=True):
 
     Attributes:
         scheme: which implementation.
-        path: what stands between scheme and options, decoded.
+        path: what stands between scheme and options, decoded; for a broker only what stands after its hosts.
         options: the query, each name once.
         shown: the URL without secrets, for logs and errors.
+        hosts: (name or address, port or None) of each host; of a broker there may be several.
+        user: who signs in, or None. password: of that user, or None.
     """
 
     scheme: str
     path: str
     options: dict[str, str]
     shown: str
+    hosts: tuple[tuple[str, int | None], ...] = ()
+    user: str | None = None
+    password: str | None = None
 
 
 def parse_address(url: str) -> Address:
@@ -183,11 +200,63 @@ def parse_address(url: str) -> Address:
     if parts.scheme == "sqlite":
         _check_slashes(url.partition(":")[2].partition("?")[0])
         _check_name(unquote(parts.netloc + parts.path).lstrip("/"), parts.fragment)
-    slashes = "//" if "://" in url else ""
-    shown = f"{parts.scheme}:{slashes}{parts.hostname or ''}{parts.path}"
+        return Address(
+            parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query, keep_blank_values=True)),
+            f"{parts.scheme}:{'//' if '://' in url else ''}{parts.hostname or ''}{parts.path}",
+        )  # fmt: skip
+    return _broker_address(parts)
+
+
+def _broker_address(parts: SplitResult) -> Address:
+    """Take apart `scheme://user:password@host:port,host:port/path?options`; `${NAME}` is a variable's value.
+
+    Raises: ConfigurationError E201 for a port that is none, E249 for a variable that is not set.
+    """
+    credentials, _, places = parts.netloc.rpartition("@")
+    user, colon, password = credentials.partition(":")
+    shown = f"{parts.scheme}:{'//' if parts.netloc else ''}{places}{parts.path}"
+    hosts = tuple(_host(place, shown) for place in _expand(places, shown).split(",") if place)
+    options = parse_qsl(parts.query, keep_blank_values=True)
     return Address(
-        parts.scheme, unquote(parts.netloc + parts.path), dict(parse_qsl(parts.query, keep_blank_values=True)), shown
+        parts.scheme,
+        unquote(_expand(parts.path, shown)),
+        {name: _expand(value, shown) for name, value in options},
+        shown,
+        hosts,
+        _variable_or_text(user, shown) if user else None,
+        _variable_or_text(password, shown) if colon else None,
     )
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def _expand(text: str, shown: str) -> str:
+    def value(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in os.environ:
+            raise ConfigurationError(
+                "E249", f"the URL of {shown} names the environment variable {name}, which is not set", f"set {name}"
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text)
+
+
+def _variable_or_text(text: str, shown: str) -> str:
+    """Return what a variable holds as it is, other text decoded."""
+    return _expand(text, shown) if _VARIABLE.search(text) else unquote(text)
+
+
+def _host(place: str, shown: str) -> tuple[str, int | None]:
+    name, colon, port = place.rpartition(":")
+    if place.startswith("[") and place.endswith("]"):
+        name, colon, port = place, "", ""
+    if not colon:
+        return (port or name).strip("[]"), None
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):  # noqa: PLR2004
+        raise ConfigurationError("E201", f"{shown} has the port {port!r}", "a port is a number from 1 to 65535")
+    return name.strip("[]"), int(port)
 
 
 def _check_slashes(place: str) -> None:
@@ -245,7 +314,18 @@ def load_adapter(group: str, url: str, clock: Clock) -> Any:
     Raises: ConfigurationError E201, E202 or E206.
     """
     address = parse_address(url)
-    return find_adapter(group, address).load()(address, clock)
+    point = find_adapter(group, address)
+    try:
+        adapter = point.load()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "trunkline" or not point.extras:
+            raise
+        raise ConfigurationError(
+            "E242",
+            f"{address.shown} needs {error.name}, which is not installed",
+            f"pip install 'trunkline[{point.extras[0]}]'",
+        ) from error
+    return adapter(address, clock)
 
 
 def find_adapter(group: str, address: Address) -> EntryPoint:
@@ -255,6 +335,12 @@ def find_adapter(group: str, address: Address) -> EntryPoint:
     """
     found = {point.name: point for point in entry_points(group=group)}
     if address.scheme not in found:
+        if group == "trunkline.stores" and entry_points(group="trunkline.transports", name=address.scheme):
+            raise ConfigurationError(
+                "E243",
+                f"{address.shown} carries messages, but keeps no state of a service",
+                "name a store too: sqlite:///shop.db for processes of one machine, postgresql://… for more, or none:",
+            )
         raise ConfigurationError(
             "E202",
             f"no {group.rpartition('.')[2].removesuffix('s')} for {address.scheme!r}",

@@ -147,7 +147,7 @@ async def test_a_service_whose_disk_was_full_goes_on_once_and_in_order(tmp_path,
         async with asyncio.timeout(30):
             while len(file.rows(path, "SELECT n FROM effect")) < len(confirmed):
                 await asyncio.sleep(0.02)
-        assert app.store.dead_letters() == []
+        assert await app.store.dead_letters() == []
     effects = file.rows(path, "SELECT key, number FROM effect ORDER BY n")
     for key in "ab":
         assert [n for k, n in effects if k == key] == [n for n in confirmed if "ab"[n % 2] == key]

@@ -13,6 +13,7 @@ import pytest
 from tests.faults import file
 from tests.faults.poisoned import Job, Order, jobs, orders, worker
 from tests.faults.processes import ROOT, until
+from tests.unit.rig import holds
 from trunkline import App, Message, Service
 from trunkline.message import pack, unpack
 from trunkline.store import DeadLetterRow
@@ -113,12 +114,13 @@ async def test_what_cannot_be_read_is_kept_with_its_bytes_corrected_and_done(tmp
         await app.send(Job(0), to=jobs)
     spoil(path, "trunkline_queue", event)
     async with App(worker, f"sqlite:///{path}") as app:
-        await until_async(lambda: app.store.dead_letters() and numbers(path, "job") == [1])
-        (row,) = app.store.dead_letters()
+        await until_async(app.store.dead_letters)
+        await until_async(lambda: numbers(path, "job") == [1])
+        (row,) = await app.store.dead_letters()
         assert (row.code, row.raw, row.holds) == (code, event, False)
         await app.store.redrive(row.number, pack(Message("id-4", "job", "operator", b'{"number":2}', 0.0)))
         await until_async(lambda: numbers(path, "job") == [1, 2])
-        assert app.store.dead_letters() == []
+        assert await app.store.dead_letters() == []
 
 
 async def test_a_handler_that_always_fails_holds_its_key_until_its_letter_is_discarded(tmp_path):
@@ -128,8 +130,9 @@ async def test_a_handler_that_always_fails_holds_its_key_until_its_letter_is_dis
         for number in range(2, 6):
             await app.publish(Order("a", number))
             await app.publish(Order("b", number))
-        await until_async(lambda: app.store.dead_letters() and len(numbers(path, "b")) == 4)
-        (row,) = app.store.dead_letters()
+        await until_async(app.store.dead_letters)
+        await until_async(lambda: len(numbers(path, "b")) == 4)
+        (row,) = await app.store.dead_letters()
         assert (row.code, row.attempt, row.message_type) == ("handler", 2, "order")
         assert "order 1 is bad" in row.reason
         assert "Traceback" in row.detail
@@ -141,5 +144,5 @@ async def test_a_handler_that_always_fails_holds_its_key_until_its_letter_is_dis
 
 async def until_async(condition) -> None:
     async with asyncio.timeout(20):
-        while not condition():
+        while not await holds(condition):
             await asyncio.sleep(0.01)

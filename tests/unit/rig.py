@@ -6,6 +6,7 @@ Read next: conftest.py.
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -24,10 +25,16 @@ async def until(condition: Callable[[], Any], within_s: float = 10.0) -> None:
     """Let the loop run until `condition()` holds."""
     try:
         async with asyncio.timeout(within_s):
-            while not condition():
+            while not await holds(condition):
                 await asyncio.sleep(0.0005)
     except TimeoutError:
         raise AssertionError("the condition did not come true") from None
+
+
+async def holds(condition: Callable[[], Any]) -> Any:
+    """Return what `condition()` gives, awaited if it has to be."""
+    value = condition()
+    return await value if inspect.isawaitable(value) else value
 
 
 class Rig:
@@ -79,7 +86,7 @@ class Rig:
     def parked(self) -> int:
         """Return how many messages are parked on disk."""
         if self.url == "memory:":
-            return sum(len(rows) for rows in self.app.store._parked.values())  # type: ignore[attr-defined]
+            return self.app.store._parked.count()  # type: ignore[attr-defined]
         return int(self.query("SELECT count(*) FROM trunkline_parked")[0][0])
 
     def outbox_due(self) -> int:
@@ -89,14 +96,18 @@ class Rig:
             return sum(1 for due, _, _ in self.app.store._outbox if due <= now)  # type: ignore[attr-defined]
         return int(self.query("SELECT count(*) FROM trunkline_outbox WHERE due <= ?", (now,))[0][0])
 
-    def dead(self) -> list[DeadLetterRow]:
+    async def dead(self) -> list[DeadLetterRow]:
         """Return the dead letters."""
-        return self.app.store.dead_letters()
+        return await self.app.store.dead_letters()
 
     async def buried(self, count: int = 1) -> list[DeadLetterRow]:
         """Wait for so many dead letters."""
-        await until(lambda: len(self.dead()) >= count)
-        return self.dead()
+
+        async def enough() -> bool:
+            return len(await self.dead()) >= count
+
+        await until(enough)
+        return await self.dead()
 
     def query(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
         """Return rows of the store's tables."""

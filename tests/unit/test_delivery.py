@@ -314,7 +314,7 @@ async def test_a_message_that_succeeds_on_a_delayed_try_is_done(rig, job, clock)
         await until(lambda: rig.parked() == 0)
         await rig.idle()
         assert tries == [0, 1]
-        assert rig.dead() == []
+        assert await rig.dead() == []
 
 
 async def test_a_rejected_message_is_set_aside_without_another_try(rig, job):
@@ -364,7 +364,7 @@ async def test_a_discarded_message_is_gone_and_said_so(rig, job):
     async with rig.run(service) as app:
         await app.publish(job("a", 1))
         await rig.idle()
-        assert (tries, rig.dead()) == ([1], [])
+        assert (tries, await rig.dead()) == ([1], [])
         (fact,) = rig.facts
         assert (fact.kind, fact.reason, fact.channel) == (
             "discarded",
@@ -708,7 +708,7 @@ async def test_a_type_that_nobody_here_handles_is_passed_over_on_topics_and_stre
     async with rig.run(service) as app:
         await app.publish_all([Unknown(1), Known(2), Unknown(3)])
         await rig.idle()
-        assert (effects, rig.dead(), rig.facts) == ([2], [], [])
+        assert (effects, await rig.dead(), rig.facts) == ([2], [], [])
 
 
 async def test_an_unreadable_envelope_is_a_dead_letter_with_its_bytes(rig, job):

@@ -117,7 +117,7 @@ async def test_each_envelope_becomes_an_effect_or_a_dead_letter():
             await app._consumers[0].lanes.idle()
             await app.clock.sleep(0)
         await app._consumers[0].lanes.idle()
-        dead = app.store.dead_letters(limit=10_000)
+        dead = await app.store.dead_letters(limit=10_000)
         assert len(handled) + len(dead) == 2_000
         assert {row.code for row in dead} <= {"E410", "E411", "E412"}
         assert handled

@@ -155,9 +155,9 @@ def test_an_order_of_less_than_one_is_set_aside(tmp_path):
         system = System("test", [service])
         async with App(system, transport=f"sqlite:///{tmp_path}/test.db") as app, asyncio.timeout(20):
             await app.publish(OrderPlaced("1", -2))
-            while not app.store.dead_letters():
+            while not await app.store.dead_letters():
                 await asyncio.sleep(0.01)
-            return app.store.dead_letters()
+            return await app.store.dead_letters()
 
     (letter,) = asyncio.run(work())
     assert letter.code == "E412"

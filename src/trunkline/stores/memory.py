@@ -20,33 +20,28 @@ from trunkline.dbapi import ApswTransaction
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
+from trunkline.parked import ParkedMessages
 from trunkline.store import DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
 from trunkline.transport import LIVE, Address, Delivery, Staged, Subscription, Transport
 
 
-class _Parked(msgspec.Struct):
-    """A parked message."""
-
-    number: int
-    delivery: Delivery
-    due: float
-    taken: bool = False
-
-
 class MemoryStore:
     """Store of one App."""
+
+    remembers = True
+    keeps = True
 
     def __init__(self, address: Address, clock: Clock) -> None:
         if address.path or address.options:
             raise ConfigurationError("E206", f"{address.shown} says more than memory: can use", "write memory:")
         self._clock = clock
         self._inbox: dict[str, set[str]] = {}
-        self._parked: dict[str, dict[int, _Parked]] = {}
         self._dead: dict[int, tuple[DeadLetterRow, Delivery]] = {}
         self._attempts: dict[tuple[str, int, int], int] = {}
         self._outbox: list[tuple[float, int, Staged]] = []
         self._sending: dict[int, tuple[float, int, Staged]] = {}
         self._numbers = count(1)
+        self._parked = ParkedMessages(self._numbers.__next__)
         self._callbacks: list[Callable[[], None]] = []
         self._staged_callbacks: list[Callable[[], None]] = []
         self._place: Callable[[Sequence[Staged]], None] | None = None
@@ -59,7 +54,7 @@ class MemoryStore:
         self._place = getattr(transport, "place", None)
         for subscription in subscriptions:
             self._inbox[subscription.label] = set()
-            self._parked[subscription.label] = {}
+            self._parked.add_subscription(subscription)
         readers = getattr(transport, "readers", {})
         self._live = {s.label: (self._inbox[s.label], readers.get(s.label)) for s in subscriptions}
         return self._place is not None
@@ -85,7 +80,7 @@ class MemoryStore:
 
     # --- the unit of work ---
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
+    async def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
         """Return which were handled before; see Store."""
         inbox = self._inbox[subscription.label]
         if inbox.isdisjoint([_inbox_id(delivery) for delivery in deliveries]):
@@ -135,7 +130,7 @@ class MemoryStore:
 
     def _move(self, unit: Unit, delivery: Delivery) -> None:
         if delivery.row != LIVE:
-            self._parked[delivery.subscription.label].pop(delivery.row, None)
+            self._parked.remove(delivery)
         if delivery.suspect:
             self._attempts.pop(_attempt_id(delivery), None)
         if unit.outcome is not ACK:
@@ -205,7 +200,7 @@ class MemoryStore:
 
     # --- suspects ---
 
-    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+    async def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Return the tries that never came to an end; see Store."""
         return [self._attempts.get(_attempt_id(delivery), 0) for delivery in deliveries]
 
@@ -223,7 +218,7 @@ class MemoryStore:
     def _set_aside(self, unit: Unit, delivery: Delivery) -> None:
         outcome = unit.outcome
         if isinstance(outcome, RetryLater):
-            self._park(delivery, self._clock.now() + outcome.after_s)
+            self._parked.park(delivery, self._clock.now() + outcome.after_s)
         elif isinstance(outcome, DeadLetter):
             message = delivery.message
             number = next(self._numbers)
@@ -236,20 +231,12 @@ class MemoryStore:
             )  # fmt: skip
             self._dead[number] = (row, delivery)
 
-    def _park(self, delivery: Delivery, due: float) -> None:
-        number = next(self._numbers)
-        copy = Delivery(
-            delivery.subscription, delivery.message, delivery.raw, delivery.key, delivery.position, delivery.partition,
-            delivery.attempt, number,
-        )  # fmt: skip
-        self._parked[delivery.subscription.label][number] = _Parked(number, copy, due)
-
     async def load_parked(
         self, subscription: Subscription, owns: Callable[[int], bool], into: Callable[[dict[str, int]], None]
     ) -> None:
         """Tell which keys are parked or held; see Store."""
         keys: dict[str, int] = {}
-        parked = (item.delivery for item in self._parked[subscription.label].values())
+        parked = self._parked.of(subscription.label)
         held = (d for row, d in self._dead.values() if row.holds and d.subscription.label == subscription.label)
         for delivery in (*parked, *held):
             if delivery.key is not None and delivery.partition >= 0 and owns(delivery.partition):
@@ -267,32 +254,16 @@ class MemoryStore:
         """Return what may run now; see Store."""
         label = subscription.label
         held = {row.key for row, _ in self._dead.values() if row.holds and row.subscription == label}
-        heads: dict[Any, _Parked] = {}
-        for item in self._parked[label].values():
-            delivery = item.delivery
-            if delivery.partition < 0 or delivery.key is None:
-                if not item.taken:
-                    heads[item.number] = item
-                continue
-            if delivery.key in held or delivery.key in running:
-                continue
-            first = heads.get(delivery.key)
-            if first is None or (delivery.position, item.number) < (first.delivery.position, first.number):
-                heads[delivery.key] = item
-        ready = sorted((item for item in heads.values() if item.due <= now), key=lambda item: item.due)[:limit]
-        for item in ready:
-            item.taken = True
-        waiting = [item.due for item in heads.values() if item not in ready]
-        return [item.delivery for item in ready], min(waiting, default=None)
+        return self._parked.due(label, now, limit, lambda key: key in held or key in running)
 
-    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+    async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters; see Store."""
         found = []
         for row, _ in self._dead.values():
             label = row.subscription
             if subscription is None or label == subscription or label.partition("@")[0] == subscription:
-                parked = self._parked[row.subscription].values()
-                behind = sum(1 for item in parked if row.holds and item.delivery.key == row.key)
+                parked = self._parked.of(row.subscription)
+                behind = sum(1 for delivery in parked if row.holds and delivery.key == row.key)
                 found.append(msgspec.structs.replace(row, waiting=behind))
         return found[:limit]
 
@@ -302,7 +273,7 @@ class MemoryStore:
         delivery.attempt = 0
         if raw is not None:
             delivery.raw, delivery.message = raw, None
-        self._park(delivery, 0.0)
+        self._parked.park(delivery, 0.0)
         self._notify()
 
     async def edit_dead_letter(self, number: int, raw: bytes) -> None:

@@ -62,6 +62,9 @@ CREATE TABLE IF NOT EXISTS trunkline_attempt (
 class SqliteStore:
     """Store of one service or system in the file that `address` names."""
 
+    remembers = True
+    keeps = True
+
     schema = _SCHEMA
     owned: tuple[str, ...] = ("trunkline_parked", "trunkline_outbox")
 
@@ -120,7 +123,7 @@ class SqliteStore:
 
     # --- the unit of work ---
 
-    def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
+    async def known(self, subscription: Subscription, deliveries: Sequence[Delivery]) -> set[tuple[str, str]]:
         """Return which were handled before; see Store."""
         reader = self._reader(subscription)
         by_tenant: dict[str, list[str]] = {}
@@ -310,7 +313,7 @@ class SqliteStore:
 
     # --- suspects ---
 
-    def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
+    async def attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Return the tries that never came to an end; see Store."""
         sql = "SELECT count FROM trunkline_attempt WHERE reader = ? AND id = ?"
         counts = []
@@ -448,7 +451,7 @@ class SqliteStore:
 
     # --- dead letters ---
 
-    def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
+    async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters; see Store."""
         return read_dead_letters(self.engine.reader, subscription=subscription, limit=limit)
 

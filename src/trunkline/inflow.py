@@ -1,0 +1,97 @@
+"""What a broker has brought for one subscription and its consumer has not yet asked for.
+
+Invariant: `receive` gives deliveries in the order they were put, and nothing at once after the assignment changed.
+Bounded: who fills it waits for room. Never does: talk to a broker. Read next: partitions.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+
+from trunkline.transport import Delivery, Subscription
+
+ROOM = 2000
+"""Deliveries that wait here before whoever fills it has to wait."""
+
+
+class Inflow:
+    """The deliveries of `subscription` on their way to its consumer.
+
+    Attributes:
+        assignment: changes whenever this process gets or gives up a partition; see `Transport.assignment`.
+    """
+
+    def __init__(self, subscription: Subscription, room: int = ROOM) -> None:
+        self.subscription = subscription
+        self.assignment = 0
+        self._told = 0
+        self._room = room
+        self._buffer: deque[Delivery] = deque()
+        self._draining = False
+        self._reader: asyncio.Future[None] | None = None
+        self._writers: list[asyncio.Future[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    def put(self, deliveries: Iterable[Delivery]) -> None:
+        """Add deliveries; after `drain` they are dropped, for the broker brings them again."""
+        if not self._draining:
+            self._buffer.extend(deliveries)
+            self._wake()
+
+    async def room(self) -> None:
+        """Wait until there is room for more."""
+        while len(self._buffer) >= self._room:
+            waiter = asyncio.get_running_loop().create_future()
+            self._writers.append(waiter)
+            await waiter
+
+    async def receive(self, limit: int) -> list[Delivery]:
+        """Return 1 to `limit` deliveries, or none at once after the assignment changed; see Transport."""
+        while True:
+            if self._told != self.assignment:
+                self._told = self.assignment
+                if not self._buffer:
+                    return []
+            if self._buffer and not self._draining:
+                return self._take(limit)
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+    def _take(self, limit: int) -> list[Delivery]:
+        buffer = self._buffer
+        if len(buffer) <= limit:
+            taken = list(buffer)
+            buffer.clear()
+        else:
+            taken = [buffer.popleft() for _ in range(limit)]
+        if self._writers and len(buffer) < self._room:
+            writers, self._writers = self._writers, []
+            for writer in writers:
+                if not writer.done():
+                    writer.set_result(None)
+        return taken
+
+    def reassigned(self) -> None:
+        """Say that a partition came or went; `owns` must already tell the new state."""
+        self.assignment += 1
+        self._wake()
+
+    def forget(self, partition: int | None = None) -> list[Delivery]:
+        """Drop what was not yet asked for, of one partition or all; return it."""
+        dropped = [d for d in self._buffer if partition is None or d.partition == partition]
+        self._buffer = deque(d for d in self._buffer if partition is not None and d.partition != partition)
+        return dropped
+
+    def drain(self) -> list[Delivery]:
+        """Hand out nothing more; return what was not asked for."""
+        self._draining = True
+        return self.forget()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)

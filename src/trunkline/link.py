@@ -1,0 +1,184 @@
+"""The connection to a broker: made, watched, made again.
+
+Invariant: while it is down, whoever needs it waits up to a time and then is told so; a refusal (wrong password,
+no permission) at start is told at once, never retried in silence. Read next: transport.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from trunkline.clock import Clock
+from trunkline.errors import ConfigurationError, TransportError, TrunklineError
+from trunkline.transport import Address
+
+log = logging.getLogger("trunkline.link")
+
+TIMEOUT_S = 30.0
+"""How long a start or a publish waits for the broker; `?timeout_s=` in the URL says otherwise."""
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 5.0
+
+
+class Link:
+    """Keeps one connection up.
+
+    Args:
+        shown: the URL without secrets.
+        connect: makes the connection and everything on it; raises TransportError when it may work later,
+            ConfigurationError when somebody has to change something first.
+    """
+
+    def __init__(self, shown: str, clock: Clock, connect: Callable[[], Awaitable[None]]) -> None:
+        self._shown = shown
+        self._clock = clock
+        self._connect = connect
+        self._up = asyncio.Event()
+        self._reason = "not connected yet"
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    @property
+    def is_up(self) -> bool:
+        """Return whether the connection stands, as far as is known."""
+        return self._up.is_set()
+
+    async def start(self, timeout_s: float) -> None:
+        """Connect for the first time.
+
+        Raises: ConfigurationError for what waiting does not mend; TransportError E520 if there was no answer in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._until_connected(final=ConfigurationError)
+        except TimeoutError:
+            raise self._unreachable(timeout_s) from None
+
+    async def up(self, timeout_s: float) -> None:
+        """Wait until the connection stands.
+
+        Raises: TransportError E520 after `timeout_s`.
+        """
+        if self._up.is_set():
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        except TimeoutError:
+            raise self._unreachable(timeout_s) from None
+
+    def lost(self, error: BaseException | None) -> None:
+        """Say that the connection is gone: it is made again."""
+        if self._stopped or not self._up.is_set():
+            return
+        self._up.clear()
+        self._reason = str(error) if error is not None else "closed by the broker"
+        log.warning("%s: connection lost: %s", self._shown, self._reason)
+        self._reconnecting = asyncio.get_running_loop().create_task(self._until_connected(final=()))
+
+    async def _until_connected(self, *, final: type[TrunklineError] | tuple[()]) -> None:
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                await self._connect()
+            except final:
+                raise
+            except TrunklineError as error:
+                self._reason = str(error)
+                log.warning("%s: no connection, again in %.1f s: %s", self._shown, wait_s, error)
+            else:
+                self._up.set()
+                return
+            await self._clock.sleep(wait_s * (0.5 + self._clock.random()))
+            wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+
+    def _unreachable(self, timeout_s: float) -> TransportError:
+        return TransportError(
+            "E520",
+            f"{self._shown} was not reached within {timeout_s:g} s: {self._reason}",
+            "check that the broker runs and that host and port are right",
+        )
+
+    async def stop(self) -> None:
+        """Connect no more."""
+        self._stopped = True
+        self._up.clear()
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+            await asyncio.gather(self._reconnecting, return_exceptions=True)
+
+
+class Options:
+    """The options of a broker URL, taken one by one; what is left over is refused.
+
+    Args:
+        address: whose `options` they are.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._left = dict(address.options)
+        self._known: list[str] = []
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        """Return an option as it is written."""
+        self._known.append(name)
+        return self._left.pop(name, default)
+
+    def seconds(self, name: str, default: float) -> float:
+        """Return an option that is a number of seconds above 0.
+
+        Raises: ConfigurationError E241.
+        """
+        text = self.text(name)
+        if text is None:
+            return default
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < 86_400 * 365:
+            raise self._wrong(name, text, "a number of seconds above 0, such as 30")
+        return seconds
+
+    def number(self, name: str, default: int, least: int = 1) -> int:
+        """Return an option that is a whole number.
+
+        Raises: ConfigurationError E241.
+        """
+        text = self.text(name)
+        if text is None:
+            return default
+        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
+            raise self._wrong(name, text, f"a whole number from {least}")
+        return int(text)
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
+        """Return an option that is one of `choices`.
+
+        Raises: ConfigurationError E241.
+        """
+        text = self.text(name)
+        if text is None:
+            return default
+        if text not in choices:
+            raise self._wrong(name, text, f"one of {', '.join(choices)}")
+        return text
+
+    def end(self) -> None:
+        """Refuse what was not taken.
+
+        Raises: ConfigurationError E240.
+        """
+        if self._left:
+            unknown = ", ".join(sorted(self._left))
+            raise ConfigurationError(
+                "E240",
+                f"unknown option {unknown!r} in the URL of {self._address.shown}",
+                f"options are: {', '.join(sorted(self._known))}",
+            )
+
+    def _wrong(self, name: str, text: str, allowed: str) -> ConfigurationError:
+        return ConfigurationError("E241", f"{name}={text!r} in the URL of {self._address.shown}", allowed)

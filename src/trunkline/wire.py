@@ -1,0 +1,162 @@
+"""Messages as brokers carry them: CloudEvents 1.0, structured to write, structured or binary to read.
+
+Invariant: `decode(encode(message))` equals `message`; whatever bytes come, the answer is a Message or a DecodeError.
+Never does: payload typing (codec.py). Read next: transport.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import msgspec
+
+from trunkline.errors import DecodeError
+from trunkline.message import JSON, Message, from_attributes, from_structured, to_structured
+
+CONTENT_TYPE = "application/cloudevents+json; charset=UTF-8"
+"""What every message that is written says of itself, in the header that the broker's binding has for it."""
+
+MAX_WIRE_BYTES = 2 * 1024 * 1024
+"""Largest message read: a payload at its limit, as base64, and its attributes."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND = timedelta(seconds=1)
+_PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
+_NOTHING = msgspec.Raw(b"")
+
+
+class _Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """The JSON event format with the attributes that a Message has; others take the long way."""
+
+    specversion: Literal["1.0"]
+    id: str
+    type: str
+    source: str
+    time: datetime
+    datacontenttype: str = JSON
+    partitionkey: str | None = None
+    correlationid: str | None = None
+    causationid: str | None = None
+    schemaversion: int = 1
+    dataschema: str | None = None
+    subject: str | None = None
+    sequence: str | None = None
+    replyto: str | None = None
+    expirytime: datetime | None = None
+    priority: int = 0
+    tenantid: str | None = None
+    traceparent: str | None = None
+    data: msgspec.Raw = _NOTHING
+
+
+_write = msgspec.json.Encoder().encode
+_read = msgspec.json.Decoder(_Event).decode
+_is_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def encode(message: Message) -> bytes:
+    """Return `message` in the CloudEvents JSON event format.
+
+    Source: CloudEvents JSON event format 1.0.2 §3.
+    """
+    data = message.data
+    if message.extensions or message.datacontenttype != JSON or not data:
+        return to_structured(message)
+    try:
+        _is_json(data)
+    except msgspec.DecodeError:
+        return to_structured(message)
+    expiry = message.expirytime
+    return _write(
+        _Event(
+            "1.0", message.id, message.type, message.source, _moment(message.time), JSON, message.partitionkey,
+            message.correlationid, message.causationid, message.schemaversion, message.dataschema, message.subject,
+            message.sequence, message.replyto, None if expiry is None else _moment(expiry), message.priority,
+            message.tenantid, message.traceparent, msgspec.Raw(data),
+        )
+    )  # fmt: skip
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def decode(body: bytes, headers: Callable[[], Mapping[str, str]], plain: Plain | None = None) -> Message:
+    """Read what a broker brought.
+
+    Args:
+        headers: gives the broker's headers; asked only when the body is no structured event by itself.
+        plain: how to read what is no CloudEvent at all; None refuses it.
+    Raises: DecodeError E401 to E409 if it is not a CloudEvent and `plain` is None, E417 if it is too large.
+    """
+    try:
+        event = _read(body)
+        expiry = event.expirytime
+        return Message(
+            event.id, event.type, event.source, bytes(event.data), (event.time - _EPOCH) / _SECOND,
+            event.partitionkey, event.correlationid, event.causationid, event.schemaversion, event.datacontenttype,
+            event.dataschema, event.subject, event.sequence, event.replyto,
+            None if expiry is None else (expiry - _EPOCH) / _SECOND, event.priority, event.tenantid,
+            event.traceparent,
+        )  # fmt: skip
+    except (ValueError, TypeError, RecursionError):  # msgspec's errors are ValueErrors; a time without zone: TypeError
+        return _decode_slowly(body, headers(), plain)
+
+
+def _decode_slowly(body: bytes, headers: Mapping[str, str], plain: Plain | None) -> Message:
+    if len(body) > MAX_WIRE_BYTES:
+        raise DecodeError("E417", f"message of {len(body)} bytes", f"at most {MAX_WIRE_BYTES} are read")
+    found = _binary_attributes(headers)
+    if found is not None:
+        return from_attributes(found, body)
+    try:
+        return from_structured(body)
+    except DecodeError:
+        if plain is None:
+            raise
+        return plain.message(body, headers)
+
+
+def _binary_attributes(headers: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the attributes of a binary-mode event, or None if it is none."""
+    found: dict[str, str] = {}
+    content_type = None
+    for name, value in headers.items():
+        lower = name.lower()
+        if lower == "content-type":
+            content_type = value
+            continue
+        for prefix in _PREFIXES:
+            if lower.startswith(prefix):
+                found[lower.removeprefix(prefix)] = value
+                break
+    if "specversion" not in found:
+        return None
+    if content_type is not None:
+        found["datacontenttype"] = content_type
+    return found
+
+
+class Plain(msgspec.Struct, frozen=True):
+    """How a channel reads messages that are no CloudEvents.
+
+    Attributes:
+        type: the CloudEvents type they are taken for.
+        source: who is taken for their producer.
+        id: identifies this one; the same for every redelivery of it.
+        time: seconds since the epoch when the broker got it.
+        key: what the broker says it is ordered by, or None.
+    """
+
+    type: str
+    source: str
+    id: str
+    time: float
+    key: str | None = None
+
+    def message(self, body: bytes, headers: Mapping[str, str]) -> Message:
+        """Return `body` as the payload of a message of this type."""
+        content_type = next((value for name, value in headers.items() if name.lower() == "content-type"), JSON)
+        return Message(self.id, self.type, self.source, body, self.time, self.key, datacontenttype=content_type)
