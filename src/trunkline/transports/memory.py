@@ -75,8 +75,7 @@ class MemoryTransport:
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Forget `deliveries`; see Transport."""
         for delivery in deliveries:
-            if delivery.row == LIVE:
-                self.readers[delivery.subscription.label].under_way -= 1
+            self.readers[delivery.subscription.label].under_way -= 1
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
         """Return True: there is one process."""
