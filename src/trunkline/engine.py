@@ -114,7 +114,7 @@ class Engine:
     Attributes:
         process: number of this process in the file, never used twice.
         reader: read-only connection; sees what is committed.
-        labels: subscriptions that Apps of this process read.
+        labels: subscriptions and queues that Apps of this process read.
         places_for: the stage that last placed messages, and so knows where the file goes on.
     """
 

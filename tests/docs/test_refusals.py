@@ -214,6 +214,13 @@ CASES = [
         "@payment.handle\nasync def charge(order: OrderPlaced) -> None: ...\n"
         "start(App(payment, 'sqlite:///shop.db'), App(payment, 'sqlite:///shop.db'))",
     ),
+    (
+        "E220",
+        "two Apps of one process read one queue",
+        "@payment.handle\nasync def deliver(job: SendMail) -> None: ...\n"
+        "other = Service('other')\n@other.handle\nasync def deliver_too(job: SendMail) -> None: ...\n"
+        "start(App(payment, 'sqlite:///shop.db'), App(other, 'sqlite:///shop.db'))",
+    ),
     ("E225", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
     ("E225", "a file where the folder should be", "start(App(payment, 'sqlite:///notes.txt/shop.db'))"),
     ("E225", "a name that is too long", "start(App(payment, 'sqlite:///' + 'x' * 300 + '.db'))"),

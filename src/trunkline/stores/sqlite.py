@@ -7,10 +7,12 @@ Never does: channels (transports/sqlite.py). Read next: parking.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import apsw
 
+from trunkline.claims import Claims
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
 from trunkline.dbapi import ApswTransaction
@@ -88,6 +90,8 @@ class SqliteStore:
         """Open the file; see Store."""
         self.engine = await open_engine(self._path, self._clock, self._options)
         self._same = getattr(transport, "engine", None) is self.engine
+        self._parked = Claims(self.engine, "trunkline_parked")
+        self._outbox = Claims(self.engine, "trunkline_outbox")
         await self.engine.add_stage(self)
         # The store first: inbox rows come before anything else is written.
         self._party = self.engine.party(self, cast("Stage", transport)) if self._same else self.engine.party(self)
@@ -104,10 +108,15 @@ class SqliteStore:
     async def stop(self) -> None:
         """Give back what was taken and close; see Store."""
         if self.engine.failure is None:
-            process = self.engine.process
-            await self.engine.run(lambda connection: self.release(connection, process))
+            await self.engine.run(self._give_back)
         self.engine.remove_stage(self)
         await close_engine(self.engine)
+
+    def _give_back(self, connection: apsw.Connection) -> None:
+        for claims in (self._parked, self._outbox):
+            claims.give_back(connection)
+        count_up(connection, "treated")
+        count_up(connection, "staged")
 
     async def run_schema(self, statements: Sequence[str]) -> None:
         """Run table definitions in one transaction; see Store."""
@@ -211,6 +220,8 @@ class SqliteStore:
 
     def committed(self, units: Sequence[Unit]) -> None:
         """Wake the relay when something scheduled was committed."""
+        if self._parked.rows:
+            self._parked.finished(delivery.row for unit in units for delivery in unit.deliveries)
         for unit in units:
             if unit.staged and (not self._same or any(staged.due is not None for staged in unit.staged)):
                 self._notify_staged()
@@ -406,10 +417,9 @@ class SqliteStore:
                 (process, reader, now, limit),
             )
 
-        rows = await self.engine.run(claim)
         return [
             Delivery(subscription, None, event, None, position, partition, attempt, seq)
-            for seq, partition, position, attempt, event in sorted(rows)
+            for seq, partition, position, attempt, event in await self._parked.take(claim)
         ], now
 
     # --- outbox ---
@@ -433,21 +443,23 @@ class SqliteStore:
                 connection,
                 "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
                 " WHERE due <= ?2 AND channel IN (SELECT value FROM json_each(?4)) AND channel NOT IN"
-                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
-                " ORDER BY due, seq LIMIT ?3) RETURNING due, seq, channel, event",
-                (process, now, limit, names),
+                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL"
+                " AND seq NOT IN (SELECT value FROM json_each(?5)))"
+                " ORDER BY due, seq LIMIT ?3) RETURNING seq, due, channel, event",
+                (process, now, limit, names, encode_json(sorted(self._outbox.rows)).decode()),
             )
 
-        rows = sorted(await self.engine.run(take))
-        # Nothing taken although something is due: another process relays; look again soon.
+        rows = sorted(await self._outbox.take(take), key=itemgetter(1, 0))
+        # Nothing taken although something is due: somebody else relays; look again soon.
         later = now + 0.2 if not rows else now
-        return [OutboxRow(seq, channel, unpack(event)) for _, seq, channel, event in rows], later
+        return [OutboxRow(seq, channel, unpack(event)) for seq, _, channel, event in rows], later
 
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Forget what was sent; see Store."""
         await self.engine.run(
             lambda c: c.executemany("DELETE FROM trunkline_outbox WHERE seq = ?", [(row,) for row in rows])
         )
+        self._outbox.finished(rows)
 
     # --- dead letters ---
 
