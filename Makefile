@@ -22,7 +22,7 @@ brokers: setup ## install and start RabbitMQ, Redis, NATS, PostgreSQL and Kafka 
 	@$(PYTHON_BIN)/python -m scripts.brokers start $(BROKERS)
 
 brokers-stop: ## stop them; their data stays in build/brokers
-	@python3 -m scripts.brokers stop
+	@$(or $(wildcard $(PYTHON_BIN)/python),python3) -m scripts.brokers stop
 
 lint: setup
 	$(PYTHON_BIN)/ruff format --check .
@@ -48,7 +48,7 @@ lock: setup ## renew requirements.lock (UPGRADE=1 takes newer versions)
 build: setup ## the wheel, in dist/
 	$(PYTHON_BIN)/uv build --wheel --no-build-isolation --python $(PYTHON_BIN)/python --out-dir dist
 
-clean: ## remove everything that was made
+clean: $(if $(wildcard build/brokers),brokers-stop) ## remove everything that was made
 	rm -rf .venv .bootstrap dist build .coverage .coverage.* htmlcov \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
