@@ -177,7 +177,7 @@ CASES = [
     ("E120", "a negative wait", "payment.handle(batch=Batch(wait_s=-1))(lambda order: None)"),
     ("E120", "a word that is not a choice", "payment.handle(start='first')(lambda order: None)"),
     ("E201", "not a URL", "App(payment, 'shop.db')"),
-    ("E202", "a transport or store that is not installed", "App(payment, 'kafka://localhost')"),
+    ("E202", "a transport or store that is not installed", "App(payment, 'pigeon://localhost')"),
     ("E203", "a file that is no database", "start(App(payment, 'sqlite:///notes.txt'))"),
     ("E204", "a file system without write-ahead logging", "start(App(payment, 'sqlite:///shop.db?vfs=unix-none'))"),
     ("E205", "a file of a newer release", "start(App(payment, 'sqlite:///newer.db'))"),

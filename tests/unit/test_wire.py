@@ -126,7 +126,7 @@ def test_plain_mode_does_not_hide_a_broken_event_in_binary_mode():
 
 
 def test_what_is_too_large_is_refused_before_it_is_read():
-    with pytest.raises(DecodeError, match="E417"):
+    with pytest.raises(DecodeError, match="E416"):
         decode(b" " * (MAX_WIRE_BYTES + 1), no_headers)
 
 
