@@ -1,7 +1,7 @@
 """Rows of a file that one App has taken, where Apps of one process share its number there.
 
 Invariant: what is given back was taken here and not finished; what another App of the process took is left to it.
-Never does: what a dead process held (membership.py). Read next: stores/sqlite.py.
+Never does: what a dead process held (membership.py). Read next: stores/sqlite/store.py.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Invariant: whatever `submit` was told is done is on disk (WAL, synchronous=FULL); a failed sync is fatal
 and never retried; a process that another one took over commits nothing more.
 SQL runs on the loop (microseconds, nothing waits); what waits runs in one thread: the lock, the commit with
-its sync, the checkpoint. Never does: messages (transports/sqlite.py) or inbox (stores/sqlite.py).
-Read next: stores/sqlite.py.
+its sync, the checkpoint. Never does: messages (transports/sqlite/transport.py) or inbox (stores/sqlite/store.py).
+Read next: stores/sqlite/store.py.
 """
 
 from __future__ import annotations

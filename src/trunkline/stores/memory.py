@@ -1,6 +1,6 @@
 """The store in the memory of one process, for tests.
 
-Invariant: the same rules as stores/sqlite.py; a unit is applied whole, at once.
+Invariant: the same rules as stores/sqlite/store.py; a unit is applied whole, at once.
 Never does: survive the process. Read next: store.py.
 """
 
@@ -322,6 +322,11 @@ class MemoryStore:
         """Forget what was sent; see Store."""
         for number in rows:
             del self._sending[number]
+
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let rows wait; see Store."""
+        for number in rows:
+            heappush(self._outbox, (until, number, self._sending.pop(number)[2]))
 
     async def tidy(self) -> None:
         """Do nothing: a test ends before the inbox window does."""

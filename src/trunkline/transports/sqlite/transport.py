@@ -2,7 +2,7 @@
 
 Invariant: positions rise in commit order; what this process just committed is handed to its own readers
 without reading it back; what another process holds is never touched while that process lives.
-Never does: inbox or dead letters (stores/sqlite.py). Read next: engine.py.
+Never does: inbox or dead letters (stores/sqlite/store.py). Read next: engine.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The store in one SQLite file: inbox, outbox, parked and dead letters, the user's own tables.
 
 Invariant: inbox rows are the first write of a unit; a conflict undoes the unit and leaves only its settlement.
-Never does: channels (transports/sqlite.py). Read next: parking.py.
+Never does: channels (transports/sqlite). Read next: letters.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from trunkline.codec import encode_json
 from trunkline.dbapi import ApswTransaction
 from trunkline.engine import Engine, Stage, count_up, query
 from trunkline.engines import close_engine, open_engine
-from trunkline.errors import ConfigurationError, DeadLetterError
+from trunkline.errors import ConfigurationError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.stores.sqlite.letters import mark_head, no_dead_letter, read_dead_letters, take_dead_letter
 from trunkline.transport import LIVE, Address, Delivery, Subscription, Transport
 
 TIDY_ROWS = 20_000
@@ -211,7 +212,7 @@ class SqliteStore:
         if finished:
             connection.executemany("DELETE FROM trunkline_parked WHERE seq = ?", finished)
         for reader, key in touched:
-            _mark_head(connection, reader, key)
+            mark_head(connection, reader, key)
 
     def _touch(self, delivery: Delivery, touched: set[tuple[int, str]]) -> None:
         key = _parking_key(delivery)
@@ -461,6 +462,15 @@ class SqliteStore:
         )
         self._outbox.finished(rows)
 
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let rows wait; see Store."""
+        await self.engine.run(
+            lambda c: c.executemany(
+                "UPDATE trunkline_outbox SET due = ?, owner = NULL WHERE seq = ?", [(until, row) for row in rows]
+            )
+        )
+        self._outbox.finished(rows)
+
     # --- dead letters ---
 
     async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
@@ -471,14 +481,14 @@ class SqliteStore:
         """Give a dead letter back; see Store."""
 
         def move(connection: apsw.Connection) -> None:
-            row = _take_dead_letter(connection, number)
+            row = take_dead_letter(connection, number)
             reader, key, partition, position, event = row
             connection.execute(
                 "INSERT INTO trunkline_parked (reader, key, partition, position, due, attempt, reason, event)"
                 " VALUES (?, ?, ?, ?, 0, 0, 'redriven', ?)",
                 (reader, key, partition, position, event if raw is None else raw),
             )
-            _mark_head(connection, reader, key)
+            mark_head(connection, reader, key)
 
         await self.engine.run(move)
         self._notify()
@@ -493,7 +503,7 @@ class SqliteStore:
                 (raw, message.id, message.type, number),
             )
             if not connection.changes():
-                raise _no_dead_letter(number)
+                raise no_dead_letter(number)
 
         await self.engine.run(edit)
 
@@ -501,8 +511,8 @@ class SqliteStore:
         """Remove a dead letter; see Store."""
 
         def remove(connection: apsw.Connection) -> None:
-            reader, key, *_ = _take_dead_letter(connection, number)
-            _mark_head(connection, reader, key)
+            reader, key, *_ = take_dead_letter(connection, number)
+            mark_head(connection, reader, key)
 
         await self.engine.run(remove)
         self._notify()
@@ -522,66 +532,6 @@ class SqliteStore:
             await self.engine.run(
                 lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader = ? AND tenant = ? AND id = ?", old)
             )
-
-
-def _mark_head(connection: apsw.Connection, reader: int, key: str | None) -> None:
-    """Mark which parked message of a key may run when it is due: the first, unless a dead letter holds the key.
-
-    So finding what is due costs the same however many wait behind.
-    """
-    if key is None:
-        return
-    connection.execute("UPDATE trunkline_parked SET head = 0 WHERE reader = ? AND key = ? AND head", (reader, key))
-    connection.execute(
-        "UPDATE trunkline_parked SET head = 1 WHERE seq = (SELECT seq FROM trunkline_parked"
-        " WHERE reader = ?1 AND key = ?2 ORDER BY position, seq LIMIT 1) AND NOT EXISTS"
-        " (SELECT 1 FROM trunkline_dead_letter WHERE reader = ?1 AND key = ?2 AND holds)",
-        (reader, key),
-    )
-
-
-def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:
-    rows = query(
-        connection,
-        "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event",
-        (number,),
-    )
-    if not rows:
-        raise _no_dead_letter(number)
-    count_up(connection, "treated")
-    return tuple(rows[0])
-
-
-def _no_dead_letter(number: int) -> DeadLetterError:
-    return DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
-
-
-def read_dead_letters(
-    connection: apsw.Connection,
-    *,
-    subscription: str | None = None,
-    message_type: str | None = None,
-    number: int | None = None,
-    limit: int = -1,
-) -> list[DeadLetterRow]:
-    """Return dead letters, oldest first.
-
-    Args:
-        subscription: label, or name alone; None for all.
-        message_type: CloudEvents type; None for all.
-        number: that one only.
-        limit: most rows; -1 for all.
-    """
-    rows = query(
-        connection,
-        "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
-        " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
-        " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
-        " WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || '@')"
-        " AND (?2 IS NULL OR d.type = ?2) AND (?3 IS NULL OR d.seq = ?3) ORDER BY d.seq LIMIT ?4",
-        (subscription, message_type, number, limit),
-    )
-    return [DeadLetterRow(*(*row[:11], bool(row[11]), *row[12:])) for row in rows]
 
 
 def _parking_key(delivery: Delivery) -> str | None:
