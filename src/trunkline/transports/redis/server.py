@@ -23,7 +23,7 @@ from trunkline.wire import MAX_WIRE_BYTES
 
 PORT = 6379
 ATTEMPT_S = 5.0
-"""How long one host may take to accept a connection."""
+"""How long one host may take to accept a connection; half of a shorter `timeout_s`, so that the reason is told."""
 OLDEST = (6, 2)
 """XAUTOCLAIM, XTRIM MINID and XPENDING IDLE came with this version."""
 
@@ -80,7 +80,7 @@ class Server:
     async def _connect(self, host: str, port: int, lost: Callable[[Connection], None]) -> Connection:
         connection = Connection(self.shown, self._clock, self.timeout_s, lost)
         try:
-            async with asyncio.timeout(min(ATTEMPT_S, self.timeout_s)):
+            async with asyncio.timeout(min(ATTEMPT_S, self.timeout_s / 2)):
                 await self._open(connection, host, port)
                 await self._greet(connection, f"{host}:{port}")
         except TimeoutError:
