@@ -230,7 +230,7 @@ class Connection:
         )  # fmt: skip
         log.error("%s", refusal)
         for token, (future, _, asked) in list(self._asked.items()):
-            if (asked == subject or verb[0] in "sS") and not future.done():
+            if (asked.lower() == subject or verb[0] in "sS") and not future.done():
                 future.set_exception(refusal)
                 del self._asked[token]
         self._denied(subject, refusal)

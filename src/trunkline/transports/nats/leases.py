@@ -32,11 +32,13 @@ class Record(msgspec.Struct, omit_defaults=True):
     Attributes:
         cursor: position of the first message not yet handled.
         holder: who reads it, or None.
+        log: when the log was made that the cursor belongs to.
         revision: which write this is; 0 if there was none.
     """
 
     cursor: int
     holder: str | None = None
+    log: str | None = None
     revision: int = 0
 
 
@@ -66,12 +68,12 @@ class BucketLeases:
         self._alive: set[str] = set()
         self._ttl = max(2, math.ceil(lease_s * 2))
 
-    async def begin(self, first: int) -> None:
+    async def begin(self, first: int, log: str) -> None:
         """Make the records that are missing, to begin at position `first`."""
         await self._read()
         missing = [number for number in range(self.partitions) if number not in self.records]
         results = await asyncio.gather(
-            *(self._write(number, Record(first)) for number in missing), return_exceptions=True
+            *(self._write(number, Record(first, None, log)) for number in missing), return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Lost):
@@ -105,7 +107,7 @@ class BucketLeases:
         Raises: Lost if another revision is there.
         """
         headers = f"Nats-Expected-Last-Subject-Sequence: {record.revision}\r\n".encode()
-        body = msgspec.json.encode({"cursor": record.cursor, "holder": record.holder})
+        body = msgspec.json.encode({"cursor": record.cursor, "holder": record.holder, "log": record.log})
         try:
             revision = await self._connection.write(f"{self._root}.{partition}", headers, body)
         except ApiError as error:
@@ -114,7 +116,7 @@ class BucketLeases:
             raise
         known = self.records.get(partition)
         if known is None or known.revision < revision:
-            self.records[partition] = Record(record.cursor, record.holder, revision)
+            self.records[partition] = Record(record.cursor, record.holder, record.log, revision)
 
     async def commit(self, partition: int, cursor: int) -> None:
         """Note how far a partition of this process was handled.
@@ -125,7 +127,17 @@ class BucketLeases:
         if record.holder != self._process:
             raise Lost
         if cursor > record.cursor:
-            await self._write(partition, Record(cursor, self._process, record.revision))
+            await self._write(partition, Record(cursor, self._process, record.log, record.revision))
+
+    async def rewind(self, partition: int, cursor: int, log: str) -> None:
+        """Set the cursor of a partition of this process for a log that is another, or lost its end.
+
+        Raises: Lost if it is another process's.
+        """
+        record = self.records[partition]
+        if record.holder != self._process:
+            raise Lost
+        await self._write(partition, Record(cursor, self._process, log, record.revision))
 
     # --- Leases ---
 
@@ -147,7 +159,7 @@ class BucketLeases:
             if record.holder is not None and record.holder != self._process and record.holder in self._alive:
                 continue
             try:
-                await self._write(number, Record(record.cursor, self._process, record.revision))
+                await self._write(number, Record(record.cursor, self._process, record.log, record.revision))
             except Lost:
                 continue
             if record.holder not in {None, self._process}:
@@ -162,7 +174,7 @@ class BucketLeases:
             record = self.records[number]
             try:
                 if record.holder == self._process:
-                    await self._write(number, Record(record.cursor, None, record.revision))
+                    await self._write(number, Record(record.cursor, None, record.log, record.revision))
             except Lost:
                 log.debug("partition %d of %s was taken meanwhile", number, self._root)
 

@@ -7,9 +7,11 @@ comes meanwhile is not handed out. Never does: order by key (streams.py). Read n
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from trunkline.clock import Clock
+from trunkline.errors import ConfigurationError, TransportError
 from trunkline.inflow import Inflow
 from trunkline.transport import Backlog, Delivery, Subscription
 from trunkline.transports.nats.connection import Connection
@@ -17,9 +19,11 @@ from trunkline.transports.nats.layout import Layout
 from trunkline.transports.nats.received import delivery
 from trunkline.transports.nats.source import Source
 
-BATCH = 1000
+log = logging.getLogger("trunkline.transport.nats")
+
+BATCH = 500
 """Messages asked for at once; up to one and a half times as many can be on their way."""
-ENOUGH = 1000
+ENOUGH = 250
 """Messages that wait here above which no more are asked for."""
 
 
@@ -41,7 +45,7 @@ class QueueReader:
         self._clock = clock
         self._subscription = subscription
         self._place = f"{stream}.{consumer}"
-        self._renew_s = lease_s * 0.35
+        self._lease_s = lease_s
         self._held: dict[int, bytes] = {}
         self._old: list[int] = []
         self._owed: list[bytes] = []
@@ -70,13 +74,20 @@ class QueueReader:
         self._source.cut()
 
     def _reopen(self) -> None:
-        """Ask again in a while; the consumer may have been removed, so it is declared again."""
+        """Ask again; the consumer may have been removed, then it is made again."""
         if self._opening is None or self._opening.done():
             self._opening = asyncio.get_running_loop().create_task(self._open_again())
 
     async def _open_again(self) -> None:
-        await self._clock.sleep(1.0)
-        self._refill()
+        while self._up and not self._draining:
+            await self._clock.sleep(1.0)
+            try:
+                await self._layout.declare([self._subscription.channel], [self._subscription])
+            except (TransportError, ConfigurationError) as error:
+                log.warning("%s cannot receive: %s", self._subscription.label, error)
+            else:
+                self._refill()
+                return
 
     # --- receiving ---
 
@@ -134,10 +145,22 @@ class QueueReader:
     async def _keep(self) -> None:
         """Renew the lease of what has been here for longer than one round: it is over at 0.7 of it at the latest."""
         while True:
-            await self._clock.sleep(self._renew_s)
+            await self._clock.sleep(self._lease_s * 0.35)
             self._post([b"PUB %b 4\r\n+WPI\r\n" % self._held[one] for one in self._old if one in self._held])
             self._old = list(self._held)
             self._source.check()
+            await self._read_lease()
+
+    async def _read_lease(self) -> None:
+        """Learn how long the lease is: a process that started later may have set another."""
+        if not self._up:
+            return
+        try:
+            found = await self._connection.ask(f"CONSUMER.INFO.{self._place}")
+        except TransportError as error:
+            log.debug("%s: %s", self._subscription.label, error)
+        else:
+            self._lease_s = found["config"]["ack_wait"] / 1e9
 
     async def backlog(self) -> Backlog:
         """Ask the server; see Transport."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 
 from trunkline.clock import Clock
-from trunkline.errors import TransportError
+from trunkline.errors import ConfigurationError, TransportError
 from trunkline.inflow import Inflow
 from trunkline.partitions import CLOSE_S, Ownership, Watermark
 from trunkline.transport import Backlog, Delivery, Subscription
@@ -101,6 +101,7 @@ class StreamReader:
         if not self._known:
             await self._begin()
             self._known = True
+        await self._check_log()
         await asyncio.gather(*(self._open(partition) for partition in self.partitions.values()))
         if self._task is None:
             await self._ownership.step()
@@ -109,10 +110,42 @@ class StreamReader:
     async def _begin(self) -> None:
         if await self._leases.known():
             return
-        first = 1
-        if self._subscription.start == "latest":
-            first = int((await self._connection.ask(f"STREAM.INFO.{self._stream}"))["state"]["last_seq"]) + 1
-        await self._leases.begin(first)
+        made, last = await self._log()
+        await self._leases.begin(last + 1 if self._subscription.start == "latest" else 1, made)
+
+    async def _log(self) -> tuple[str, int]:
+        """Return when the log was made, and its last position."""
+        found = await self._connection.ask(f"STREAM.INFO.{self._stream}")
+        return str(found["created"]), int(found["state"]["last_seq"])
+
+    async def _check_log(self) -> None:
+        """Give up partitions that were read further than their log goes now: they are taken again, from its cursor."""
+        if self.partitions:
+            made, last = await self._log()
+            records = self._leases.records
+            await self._ownership.lose(
+                [n for n, one in self.partitions.items() if one.next > last + 1 or records[n].log != made]
+            )
+
+    async def _cursor(self, number: int) -> int:
+        """Return where a partition is gone on with.
+
+        A log that was made anew, or that lost its end with the power, would otherwise be passed over up to the old
+        position.
+        """
+        record = self._leases.records[number]
+        made, last = await self._log()
+        cursor = 1 if record.log != made else min(record.cursor, last + 1)
+        if cursor != record.cursor or record.log != made:
+            log.warning(
+                "%s: partition %d was handled up to %d, and its log made at %s ends at %d: read from %d",
+                self._subscription.label, number, record.cursor, made, last, cursor,
+            )  # fmt: skip
+            try:
+                await self._leases.rewind(number, cursor, made)
+            except Lost as error:
+                raise TransportError("E521", f"partition {number} was taken by another process meanwhile") from error
+        return cursor
 
     def lost(self) -> None:
         """Keep what is here: the lease decides whether it may be gone on with."""
@@ -129,7 +162,8 @@ class StreamReader:
             try:
                 await self._ownership.step()
             except TransportError as error:
-                log.warning("%s: leases not renewed: %s", self._subscription.label, error)
+                level = logging.WARNING if self._connection.link.is_up else logging.DEBUG
+                log.log(level, "%s: leases not renewed: %s", self._subscription.label, error)
             self._commit_soon()
 
     # --- partitions come and go ---
@@ -137,7 +171,7 @@ class StreamReader:
     async def _opened(self, number: int) -> None:
         suspects = SUSPECTS if number in self._leases.dead else 0
         self._leases.dead.discard(number)
-        partition = Partition(number, self._leases.records[number].cursor, suspects)
+        partition = Partition(number, await self._cursor(number), suspects)
         await self._open(partition)
         self.partitions[number] = partition
         self.inflow.reassigned()
@@ -174,10 +208,15 @@ class StreamReader:
             partition.opening = asyncio.get_running_loop().create_task(self._open_again(partition))
 
     async def _open_again(self, partition: Partition) -> None:
-        while self.partitions.get(partition.number) is partition and not partition.closing:
+        number = partition.number
+        while self.partitions.get(number) is partition and not partition.closing:
             try:
+                await self._layout.declare([self._subscription.channel], [])
+                await self._check_log()
+                if number not in self.partitions:
+                    return
                 await self._open(partition)
-            except TransportError as error:
+            except (TransportError, ConfigurationError) as error:
                 log.warning("%s: partition %d: %s", self._subscription.label, partition.number, error)
                 await self._clock.sleep(1.0)
             else:
@@ -193,7 +232,7 @@ class StreamReader:
         if planned:
             await self._finish(partition)
         self.partitions.pop(number, None)
-        if partition.opening is not None:
+        if partition.opening is not None and partition.opening is not asyncio.current_task():
             partition.opening.cancel()
         self.inflow.reassigned()
         if partition.source is not None:
