@@ -76,6 +76,11 @@ class Wire(Client):
         if self._transport is not None and self.is_connected:
             self._transport.writelines(commands)
 
+    def abort(self) -> None:
+        """Close what never became a connection. `close` would wait for ever where a TLS handshake had failed."""
+        if self._transport is not None:
+            self._transport.close()
+
     async def end(self, subscription: Subscription) -> None:
         """Ask for no more of `subscription`, see what was on its way, then forget it."""
         await subscription.drain()  # type: ignore[no-untyped-call]
@@ -183,13 +188,13 @@ class Connection:
                 **self._sign_in(),
             )  # fmt: skip
         except ConfigurationError as error:
-            await wire.close()
+            wire.abort()
             raise ConfigurationError(error.code, f"{self.shown}: {error.message}", error.hint) from None
         except (OSError, errors.Error, TimeoutError, ValueError) as error:
-            await wire.close()
+            wire.abort()
             raise self._refusal(seen[-1] if isinstance(error, errors.NoServersError) and seen else error) from error
         except BaseException:
-            await wire.close()
+            wire.abort()
             raise
         return wire
 
@@ -214,7 +219,7 @@ class Connection:
             return ConfigurationError(
                 "E244", f"{self.shown} refuses {who}: {text}", "check user and password in the URL"
             )
-        return TransportError("E520", f"{self.shown}: {text or type(error).__name__}", "check that the broker runs")
+        return TransportError("E520", text or type(error).__name__)
 
     def _note(self, error: Exception) -> None:
         """React to what the server tells outside of any answer."""
