@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol
+from zlib import crc32
 
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
@@ -22,6 +23,15 @@ LEASE_S = 10.0
 """How long a partition stays with a process that shows no sign of life."""
 CLOSE_S = 10.0
 """How long a partition that is to move waits for what is under way in it."""
+
+
+def partition_of(key: str | None, identity: str, partitions: int) -> int:
+    """Return the partition of a message: that of its key, or of its id if it has none.
+
+    >>> partition_of("k1", "", 16) == partition_of("k1", "another", 16)
+    True
+    """
+    return crc32((key or identity).encode()) % partitions
 
 
 class Watermark:
@@ -58,6 +68,13 @@ class Watermark:
             if self._idle is not None and not self._idle.done():
                 self._idle.set_result(None)
         return self.low != before
+
+    def give_back(self, count: int) -> None:
+        """Take back the last `count` positions handed out: nobody began with them."""
+        for _ in range(count):
+            self._done.discard(self._taken.pop())
+        if not self._taken and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     async def idle(self) -> None:
         """Wait until everything that was handed out is finished."""
