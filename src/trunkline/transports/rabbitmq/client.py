@@ -386,8 +386,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; see asyncio.Protocol."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
-        self._socket = transport
+        self._socket = transport  # type: ignore[assignment] - uvloop's is no asyncio.Transport by name
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End; see asyncio.Protocol."""
