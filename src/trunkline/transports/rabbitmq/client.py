@@ -51,11 +51,13 @@ class AmqpError(Exception):
 
     Args:
         code: AMQP reply code such as 404; 0 where there is none.
+        early: whether the connection broke before the broker said anything.
     """
 
-    def __init__(self, code: int, text: str) -> None:
+    def __init__(self, code: int, text: str, *, early: bool = False) -> None:
         self.code = code
         self.text = text
+        self.early = early
         super().__init__(text)
 
 
@@ -391,7 +393,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End; see asyncio.Protocol."""
         known = self._error
-        error = self._error = known or AmqpError(0, f"the connection broke: {exc or 'closed by the other side'}")
+        error = self._error = known or AmqpError(
+            0, f"the connection broke: {exc or 'closed by the other side'}", early=self.version == (0, 0)
+        )
         if self._timer is not None:
             self._timer.cancel()
         self._wake()
@@ -509,3 +513,15 @@ async def connect(
         lambda: Connection(clock, lost, blocked), host, port, ssl=tls, server_hostname=host if tls else None
     )
     return connection
+
+
+async def speaks_tls(host: str, port: int) -> bool:
+    """Return whether a port answers a TLS greeting, whoever's certificate it shows."""
+    try:
+        _, writer = await asyncio.open_connection(host, port, ssl=ssl.create_default_context(), server_hostname=host)
+    except ssl.SSLCertVerificationError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True

@@ -57,11 +57,10 @@ class Names:
         end = "" if part is None else f":{part}"
         return self._checked(f"{self._prefix}.{subscription.channel.name}:{subscription.name}{end}")
 
-    @staticmethod
-    def _checked(name: str) -> str:
+    def _checked(self, name: str) -> str:
         if len(name.encode()) > _LONGEST:
             raise ConfigurationError(
-                "E250", f"{name!r} would be the name of a queue on the broker", f"at most {_LONGEST} bytes are possible"
+                "E241", f"prefix={self._prefix!r} makes the name {name!r}", f"at most {_LONGEST} bytes are possible"
             )
         return name
 

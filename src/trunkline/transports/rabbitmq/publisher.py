@@ -273,7 +273,7 @@ class Publisher:
         for message in self._under_way.values():
             if message.error is None and message.body == returned.body and message.route.key == returned.routing_key:
                 message.error = UnroutableError(
-                    "E314",
+                    "E313",
                     f"no queue takes messages for {message.route.shown}: {returned.reason}",
                     "start a process that declares it, or see whether somebody deleted its queue",
                 )
@@ -307,7 +307,7 @@ class Publisher:
             )
         if error.code == NOT_FOUND:
             return lambda message: f"'{message.route.exchange}'" in error.text, lambda: UnroutableError(
-                "E314", f"nothing carries these messages: {error.text}", "start a process that declares the channel"
+                "E313", f"nothing carries these messages: {error.text}", "start a process that declares the channel"
             )
         return _every, lambda: TransportError(
             "E521", f"the broker closed the channel: {error.text}", "whether the messages arrived is not known"

@@ -28,6 +28,7 @@ from trunkline.transports.rabbitmq.client import (
     Connection,
     connect,
     ignore,
+    speaks_tls,
 )
 from trunkline.transports.rabbitmq.names import Declarer, Names, explained
 from trunkline.transports.rabbitmq.publisher import Group, Outgoing, Publisher, Route, outgoing
@@ -39,6 +40,8 @@ from trunkline.wire import encode
 log = logging.getLogger("trunkline.rabbitmq")
 
 HEARTBEAT_S = 20
+CONNECT_S = 60.0
+"""How long one host may take for signing in and declaring, on a later connection; the first one has `timeout_s`."""
 FLUSH_S = 1.0
 """How long settled messages wait to be acknowledged together with an earlier one."""
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -121,14 +124,18 @@ class RabbitmqTransport:
     async def _connect(self) -> None:
         """Connect to the first host that answers, declare, receive.
 
-        Raises: ConfigurationError E207, E244 to E248; TransportError.
+        Raises: ConfigurationError E207, E244 to E246, E248; TransportError.
         """
         refused: TrunklineError | None = None
         for host, port in self._address.hosts or (("localhost", None),):
+            place = host, port or (5672 if self._tls is None else 5671)
             try:
-                await self._connect_to(host, port or (5672 if self._tls is None else 5671))
+                async with asyncio.timeout(CONNECT_S):
+                    await self._connect_to(*place)
             except AmqpError as error:
-                refused = self._refused(error, host)
+                refused = await self._refused(error, *place)
+            except TimeoutError:
+                refused = refused or TransportError("E520", f"{host} did not answer within {CONNECT_S:g} s", "")
             except ssl.SSLError as error:
                 refused = self._tls_refused(error, host)
             except OSError as error:
@@ -163,21 +170,17 @@ class RabbitmqTransport:
         blocked = self._publisher.set_blocked if publishes else None
         connection = await connect(host, port, self._tls, self._clock, lost=self._lost, blocked=blocked)
         path = self._address.path
+        user, password = self._address.user or "guest", self._address.password
+        if password is None:
+            password = "guest" if self._address.user is None else ""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                user, password = self._address.user or "guest", self._address.password
-                if password is None:
-                    password = "guest" if self._address.user is None else ""
-                await connection.handshake(user, password, path[1:] if len(path) > 1 else "/", self._heartbeat_s)
-        except TimeoutError:
-            await connection.close()
-            raise AmqpError(0, f"{host}:{port} does not answer") from None
+            await connection.handshake(user, password, path[1:] if len(path) > 1 else "/", self._heartbeat_s)
         except BaseException:
             await connection.close()
             raise
         return connection
 
-    def _refused(self, error: AmqpError, host: str) -> TrunklineError:
+    async def _refused(self, error: AmqpError, host: str, port: int) -> TrunklineError:
         shown = self._address.shown
         if error.code == ACCESS_REFUSED:
             return ConfigurationError(
@@ -185,12 +188,12 @@ class RabbitmqTransport:
             )
         if error.code == NOT_ALLOWED and "not found" in error.text:
             return ConfigurationError(
-                "E247", f"{shown}: {error.text}", "the path of the URL names a virtual host; create it or name another"
+                "E246", f"{shown}: {error.text}", "the path of the URL names a virtual host; create it or name another"
             )
         if error.code == NOT_ALLOWED:
             return ConfigurationError("E246", f"{shown}: {error.text}", "give the user access to the virtual host")
-        if "speaks TLS" in error.text:
-            return ConfigurationError("E245", f"{shown}: {error.text}", "write amqps:// in place of amqp://")
+        if "speaks TLS" in error.text or (error.early and self._tls is None and await speaks_tls(host, port)):
+            return ConfigurationError("E245", f"{shown}: the port speaks TLS", "write amqps:// in place of amqp://")
         if "speaks AMQP" in error.text:
             return ConfigurationError("E248", f"{shown}: {error.text}", "a RabbitMQ server is needed")
         return TransportError("E520", f"{host}: {error.text}", "")
