@@ -14,7 +14,7 @@ from threading import Event
 from typing import Any
 
 import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from trunkline import wire
 from trunkline.channel import Stream
@@ -25,7 +25,7 @@ from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
-from trunkline.transports.kafka.settings import Settings, client_log, describe, refusal
+from trunkline.transports.kafka.settings import ClusterState, Settings, client_log, describe
 
 log = logging.getLogger("trunkline.kafka")
 
@@ -86,6 +86,7 @@ class Reader:
         self._plain = channel.plain
         self._loop = asyncio.get_running_loop()
         self._made: Consumer | None = None
+        self._state = ClusterState(settings, self.group)
         self._thread: WorkerThread | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         # Of the thread: partitions assigned to it, and what it has handed to the loop.
@@ -113,7 +114,7 @@ class Reader:
             ends: where it begins, per partition. They were looked up before this: what is published after two processes
                 have started at once is behind the ends that either of them saw.
         """
-        self._made = consumer = Consumer(self._settings.consumer(self.group, self._note), logger=client_log)
+        self._made = consumer = Consumer(self._settings.consumer(self.group, self._state.note), logger=client_log)
         places = [TopicPartition(self.topic, number) for number in ends]
         known = cluster.patiently(
             lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
@@ -219,10 +220,10 @@ class Reader:
         size = 0
         message: Any
         for record in records:
-            if record.error() is not None:
-                self._note(record.error())
+            if (wrong := record.error()) is not None:
+                self._state.note(wrong)
                 continue
-            number: int = record.partition()  # type: ignore[assignment]
+            number: int = record.partition()
             place = places.get(number)
             if place is None:
                 continue  # revoked after it was fetched
@@ -239,7 +240,7 @@ class Reader:
             except DecodeError as error:
                 log.debug("unreadable record on %s: %s", self.topic, error)
                 message, raw = None, body
-            offset: int = record.offset()  # type: ignore[assignment]
+            offset: int = record.offset()
             suspect = False
             if place.suspects:
                 place.suspects -= 1
@@ -250,19 +251,13 @@ class Reader:
                 else Delivery(subscription, message, raw, key, number << SHIFT | offset, -1, 0, LIVE, suspect)
             )
         if deliveries:
+            self._state.works()
             self._average += 0.2 * (size / len(deliveries) + 1 - self._average)
             self._handed += len(deliveries)
             self._loop.call_soon_threadsafe(self._arrived, deliveries)
 
     def _headers(self) -> dict[str, str]:
         return text_headers(self._record)
-
-    def _note(self, error: KafkaError) -> None:
-        """Note what the client says of the cluster."""
-        if (refused := refusal(error, self._settings.shown)) is not None:
-            log.error("%s: %s", self.group, refused)
-        else:
-            log.warning("%s: %s", self.group, describe(error))
 
     # --- partitions come and go: in the thread, from within poll ---
 
