@@ -44,6 +44,7 @@ class Cluster:
         self._clock = clock
         self._errors: list[KafkaError] = []
         self._admin: AdminClient | None = None
+        self._deleted: dict[tuple[str, int], int] = {}
 
     def connect(self) -> None:
         """Reach one broker.
@@ -192,24 +193,39 @@ class Cluster:
 
         return self.patiently(look, f"looking at offsets of group {group}")
 
-    def groups(self, fits: Callable[[str], bool]) -> list[str]:
-        """Return the groups whose names fit."""
-
-        def look() -> list[str]:
-            found = self._client.list_consumer_groups(request_timeout=self._settings.timeout_s).result()
-            return [group.group_id for group in found.valid if fits(group.group_id)]
-
-        return self.patiently(look, "listing groups")
-
-    def delete_records(self, topic: str, before: Mapping[int, int]) -> None:
-        """Delete what stands before an offset of each partition."""
-        places = [TopicPartition(topic, number, offset) for number, offset in before.items()]
+    def delete_handled(self, channel: str, partitions: int) -> None:
+        """Delete the messages of a Queue or Topic that all its groups have handled."""
+        topic = self._settings.topic(channel)
+        lows: dict[int, int] = {}
+        for group in self._groups(channel):
+            known = self.committed(group, topic, partitions)
+            if known:  # else the group is of another channel, with a name that ends as this one
+                lows = {n: min(known.get(n, 0), lows.get(n, known.get(n, 0))) for n in range(partitions)}
+        places = [
+            TopicPartition(topic, number, low)
+            for number, low in lows.items()
+            if low > self._deleted.get((topic, number), 0)
+        ]
+        if not places:
+            return
 
         def delete() -> None:
             for future in self._client.delete_records(places, request_timeout=self._settings.timeout_s).values():
                 future.result()
 
         self.patiently(delete, f"deleting handled messages of topic {topic}")
+        self._deleted |= {(topic, place.partition): place.offset for place in places}
+
+    def _groups(self, channel: str) -> list[str]:
+        """Return the groups that may read a channel."""
+        start, end = f"{self._settings.prefix}.", f".{channel}"
+
+        def look() -> list[str]:
+            found = self._client.list_consumer_groups(request_timeout=self._settings.timeout_s).result()
+            names = [group.group_id for group in found.valid]
+            return [name for name in names if name.startswith(start) and name.endswith(end)]
+
+        return self.patiently(look, "listing groups")
 
     def patiently(self, act: Callable[[], T], what: str) -> T:
         """Return `act()`, done again while leaders and coordinators are on their way.

@@ -71,6 +71,7 @@ class Reader:
     Attributes:
         inflow: what was read and not yet asked for.
         held: partition → how far it is settled, for the partitions that this process reads.
+        deletes: whether what all groups have handled is of no use any more: on Queues and Topics.
     """
 
     def __init__(self, subscription: Subscription, settings: Settings, clock: Clock) -> None:
@@ -83,11 +84,13 @@ class Reader:
         self._settings = settings
         self._clock = clock
         self._is_stream = isinstance(channel, Stream)
+        self.deletes = not self._is_stream
         self._plain = channel.plain
         self._loop = asyncio.get_running_loop()
         self._made: Consumer | None = None
         self._state = ClusterState(settings, self.group)
         self._thread: WorkerThread | None = None
+        self._failure: BaseException | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         # Of the thread: partitions assigned to it, and what it has handed to the loop.
         self._places: dict[int, _Place] = {}
@@ -139,7 +142,8 @@ class Reader:
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
-            log.error("%s: reading ended: %s", self.group, error, exc_info=error)
+            self._failure = error
+            self.inflow.reassigned()
         self._ended.set_result(None)
 
     # --- the thread ---
@@ -152,8 +156,7 @@ class Reader:
     def _work(self) -> None:
         consumer = self._consumer
         while not self._stopping:
-            if self._clock.monotonic() >= self._commit_at:
-                self._commit()
+            self._commit()
             most = self._room()
             if most < 1:
                 self._stand_by()
@@ -173,7 +176,10 @@ class Reader:
 
         Here, not on the loop: the client blocks a second thread while this one polls.
         """
-        self._commit_at = self._clock.monotonic() + COMMIT_S
+        now = self._clock.monotonic()
+        if now < self._commit_at:
+            return
+        self._commit_at = now + COMMIT_S
         offsets = []
         for number, low in self.settled_offsets().items():
             place = self._places.get(number)
@@ -203,6 +209,7 @@ class Reader:
             if self._room() or self._stopping or self._wake.wait(STAND_BY_S):
                 return
             while not (self._room() or self._stopping):
+                self._commit()
                 self._consumer.pause(self._assignment())
                 if (record := self._consumer.poll(IDLE_POLL_S)) is not None:
                     self._hand_over([record])  # it was on its way when the partition was paused
@@ -219,6 +226,7 @@ class Reader:
         deliveries: list[Delivery] = []
         size = 0
         message: Any
+        record: Any
         for record in records:
             if (wrong := record.error()) is not None:
                 self._state.note(wrong)
@@ -227,7 +235,7 @@ class Reader:
             place = places.get(number)
             if place is None:
                 continue  # revoked after it was fetched
-            body: bytes = record.value() or b""  # type: ignore[assignment]
+            body: bytes = record.value() or b""
             size += len(body)
             self._record = record
             raw: bytes | None = None
@@ -387,6 +395,8 @@ class Reader:
     async def receive(self, limit: int) -> list[Delivery]:
         """Return deliveries and note that they are under way; see Transport."""
         taken = await self.inflow.receive(limit)
+        if not taken and self._failure is not None:
+            raise self._failure
         self._gone += len(taken)
         if self._is_waiting:
             self._wake.set()
