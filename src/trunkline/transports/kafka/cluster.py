@@ -54,10 +54,10 @@ class Cluster:
         self.close()
         self._errors.clear()
         self._admin = admin = AdminClient(self._settings.client | {"error_cb": self._errors.append}, logger=client_log)
-        until = self._clock.monotonic() + min(TRY_S, self._settings.timeout_s)
+        until = self._clock.monotonic() + min(TRY_S, self._settings.timeout_s / 2)
         while True:
             try:
-                admin.list_topics(timeout=0.5)
+                admin.list_topics(timeout=min(0.5, self._settings.timeout_s / 4))
             except KafkaException as error:
                 self._errors.append(error.args[0])
             else:
