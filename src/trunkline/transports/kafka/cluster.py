@@ -34,6 +34,8 @@ COPIES = 3
 TRY_S = 5.0
 """How long one try to reach the cluster takes at most."""
 LOOK_S = 0.1
+_MISMATCHES = ("connecting to a PLAINTEXT broker listener", "connecting to a SSL listener")
+"""What the client says where one side speaks TLS and the other does not; it has no code of its own for that."""
 
 
 class Cluster:
@@ -59,17 +61,27 @@ class Cluster:
             try:
                 admin.list_topics(timeout=min(0.5, self._settings.timeout_s / 4))
             except KafkaException as error:
-                self._errors.append(error.args[0])
+                last: KafkaError = error.args[0]
             else:
                 return
             admin.poll(0)
-            for known in self._errors:
+            for known in (*self._errors, last):
                 if (refused := refusal(known, self._settings.shown)) is not None:
                     raise refused
             if self._clock.monotonic() > until:
-                told = [known for known in self._errors if known.code() != KafkaError._ALL_BROKERS_DOWN]  # noqa: SLF001
-                reason = next((known for known in told if known.code() != KafkaError._TRANSPORT), told[0])  # noqa: SLF001
-                raise TransportError("E522", describe(reason))
+                raise self._unreachable(last)
+
+    def _unreachable(self, last: KafkaError) -> TransportError | ConfigurationError:
+        """Return why no broker answers, in the words that say most."""
+        told = [error for error in self._errors if error.code() != KafkaError._ALL_BROKERS_DOWN]  # noqa: SLF001
+        reasons = [error.str() for error in told]
+        mismatch = next((text for text in reasons if any(words in text for words in _MISMATCHES)), None)
+        if mismatch is not None:
+            return ConfigurationError(
+                "E245", f"{self._settings.shown} does not speak as asked: {mismatch}",
+                "kafka+ssl:// where the port speaks TLS, kafka:// where it does not, user and password where it asks",
+            )  # fmt: skip
+        return TransportError("E522", describe(told[0] if told else last))
 
     def close(self) -> None:
         """Let the connections go."""

@@ -14,12 +14,12 @@ from threading import Event
 from typing import Any
 
 import msgspec
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from trunkline import wire
 from trunkline.channel import Stream
 from trunkline.clock import Clock, WorkerThread, offload
-from trunkline.errors import DecodeError
+from trunkline.errors import ConfigurationError, DecodeError
 from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
@@ -154,22 +154,28 @@ class Reader:
         return self._made
 
     def _work(self) -> None:
+        try:
+            while not self._stopping:
+                self._commit()
+                most = self._room()
+                if most < 1:
+                    self._stand_by()
+                else:
+                    self._read(most)
+        finally:
+            self._close()
+
+    def _read(self, most: int) -> None:
+        """Hand over what the client has; wait for one record while it has none."""
         consumer = self._consumer
-        while not self._stopping:
-            self._commit()
-            most = self._room()
-            if most < 1:
-                self._stand_by()
-                continue
-            records = consumer.consume(most, 0)
-            if not records:
-                record = consumer.poll(IDLE_POLL_S)
-                records = [] if record is None else [record]
-            if self._unopened:
-                self._open()
-            if records:
-                self._hand_over(records)
-        self._close()
+        records = consumer.consume(most, 0)
+        if not records:
+            record = consumer.poll(IDLE_POLL_S)
+            records = [] if record is None else [record]
+        if self._unopened:
+            self._open()
+        if records:
+            self._hand_over(records)
 
     def _commit(self) -> None:
         """Commit how far partitions are settled, without waiting for the answer.
@@ -229,7 +235,7 @@ class Reader:
         record: Any
         for record in records:
             if (wrong := record.error()) is not None:
-                self._state.note(wrong)
+                self._wrong(wrong)
                 continue
             number: int = record.partition()
             place = places.get(number)
@@ -263,6 +269,19 @@ class Reader:
             self._average += 0.2 * (size / len(deliveries) + 1 - self._average)
             self._handed += len(deliveries)
             self._loop.call_soon_threadsafe(self._arrived, deliveries)
+
+    def _wrong(self, error: KafkaError) -> None:
+        """Note an error that came in place of a record.
+
+        Raises: ConfigurationError E241 if the broker does not take the lease.
+        """
+        if error.code() == KafkaError.INVALID_SESSION_TIMEOUT:
+            raise ConfigurationError(
+                "E241",
+                f"lease_s={self._settings.lease_s:g} is not accepted by {self._settings.shown}",
+                "from 6 to 1800, unless group.min.session.timeout.ms and group.max.session.timeout.ms say otherwise",
+            )
+        self._state.note(error)
 
     def _headers(self) -> dict[str, str]:
         return text_headers(self._record)

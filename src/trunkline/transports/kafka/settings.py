@@ -224,6 +224,7 @@ class ClusterState:
         self._who = who
         self.is_down = False
         self.times_up = 0
+        self._told: set[int] = set()
 
     def note(self, error: KafkaError) -> None:
         """Note an error that concerns no single message."""
@@ -231,15 +232,16 @@ class ClusterState:
             if not self.is_down:
                 self.is_down = True
                 log.warning("%s: no broker of %s is reached", self._who, self._shown)
-        elif (refused := refusal(error, self._shown)) is not None:
-            log.error("%s: %s", self._who, refused)
-        elif error.code() in _PASSING:
+        elif error.code() in _PASSING or error.code() in self._told:
             log.debug("%s: %s", self._who, describe(error))
         else:
-            log.warning("%s: %s", self._who, describe(error))
+            self._told.add(error.code())
+            log.warning("%s: %s", self._who, refusal(error, self._shown) or describe(error))
 
     def works(self) -> None:
         """Note that a broker has answered."""
+        if self._told:
+            self._told.clear()
         if self.is_down:
             self.is_down = False
             self.times_up += 1
