@@ -16,6 +16,7 @@ from zlib import crc32
 
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
+from trunkline.message import Message
 
 log = logging.getLogger("trunkline.partitions")
 
@@ -25,13 +26,9 @@ CLOSE_S = 10.0
 """How long a partition that is to move waits for what is under way in it."""
 
 
-def partition_of(key: str | None, identity: str, partitions: int) -> int:
-    """Return the partition of a message: that of its key, or of its id if it has none.
-
-    >>> partition_of("k1", "", 16) == partition_of("k1", "another", 16)
-    True
-    """
-    return crc32((key or identity).encode()) % partitions
+def partition_of(message: Message, partitions: int) -> int:
+    """Return in which partition of a Stream a message belongs: the same for each key, any without a key."""
+    return crc32((message.partitionkey or message.id).encode()) % partitions
 
 
 class Watermark:

@@ -312,7 +312,7 @@ class RabbitmqTransport:
     def _outgoing(self, staged: Staged, group: Group) -> Outgoing:
         channel, message = staged.channel, staged.message
         routes = self._routes[channel.name]
-        partition = partition_of(message.partitionkey, message.id, len(routes)) if len(routes) > 1 else 0
+        partition = partition_of(message, len(routes)) if len(routes) > 1 else 0
         priority = message.priority if isinstance(channel, Queue) and channel.priority else None
         return outgoing(routes[partition], encode(message), group, staged, priority)
 

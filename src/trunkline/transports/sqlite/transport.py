@@ -330,7 +330,7 @@ class SqliteTransport:
             if route.position is None:
                 route.position = last_position(connection, route.number)
             position = route.position = route.position + 1
-            partition = partition_of(key, message.id, channel.partitions)
+            partition = partition_of(message, channel.partitions)
             log_rows.append((log_place(route.number, position), partition, self._now, event))
             for stream_reader in route.readers:
                 fresh = Delivery(
