@@ -20,9 +20,10 @@ from trunkline.errors import ConfigurationError, PublishError, TransportError, U
 from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
-from trunkline.transports.rabbitmq.client import AmqpError, Connection, connect
+from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Connection, connect
 from trunkline.transports.rabbitmq.names import Names
-from trunkline.transports.rabbitmq.queue_reader import Unacked
+from trunkline.transports.rabbitmq.queue_reader import Unacked, read_message
+from trunkline.transports.rabbitmq.stream_reader import offset_of
 from trunkline.transports.rabbitmq.tokens import Token
 
 FAULTY = "rabbitmq@faults"
@@ -450,6 +451,26 @@ async def test_what_is_no_message_comes_with_its_bytes(url, server, prefix):
         (delivery,) = await received(transport, reader, 1)
     assert delivery.message is None
     assert delivery.raw == b"\xff\x00 no event"
+
+
+async def test_properties_that_cannot_be_read_end_nothing(url, server, prefix):
+    queue, stream = Queue("orders", plain="shop.order"), Stream("log", partitions=1)
+    orders, log = Subscription("orders", queue), Subscription("one", stream)
+    async with opened(url, orders, log) as transport, raw(server) as other:
+        nested = {"a": {"b": [1, {"c": bytearray(b"\xff")}]}, "x-stream-offsetl": "no", "t": system_clock.utc()}
+        for key in ("orders", "log:0"):
+            await write(other, "", f"{prefix}.{key}", b"{}", headers=nested, content_type="\N{SNOWMAN}")
+        (plain,) = await received(transport, orders, 1)
+        (unread,) = await received(transport, log, 1)
+    assert plain.message.data == b"{}"
+    assert (unread.message, unread.raw, unread.position) == (None, b"{}", 0)
+
+
+def test_the_position_is_found_whatever_the_other_headers_are():
+    offset = b"\x0fx-stream-offsetl" + (7).to_bytes(8, "big")
+    broken = b"\xff\xff\xff\xff\xffnonsense" + offset
+    assert offset_of(Arrived(b"s", 1, False, 1 << 13, broken, b"")) == 7
+    assert read_message(Arrived(b"s", 1, False, 1 << 13, broken, b"x"), None, "log", "", 0.0) is None
 
 
 # --- receiving ---
