@@ -134,6 +134,29 @@ class DeadLetterRow(msgspec.Struct, frozen=True):
     raw: bytes
 
 
+class ParkedRow(msgspec.Struct, frozen=True):
+    """A parked message that its subscription tries next, or would if no dead letter held its key.
+
+    Attributes:
+        subscription: `name@channel`.
+        message: its envelope, or None if it cannot be read.
+        due: when it is tried, seconds since the epoch.
+        attempt: failures so far.
+        reason: why it was parked.
+        behind: how many of its key wait behind it; None where nothing does, without order per key.
+        held_by: number of the dead letter that it waits behind, if it does.
+    """
+
+    subscription: str
+    message: Message | None
+    key: str | None
+    due: float
+    attempt: int
+    reason: str
+    behind: int | None
+    held_by: int | None
+
+
 class Store(Protocol):
     """Transactional state of a service. Implementations are found by entry point `trunkline.stores`.
 

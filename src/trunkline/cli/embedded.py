@@ -20,7 +20,7 @@ from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
 from trunkline.message import Message, read_packed
 from trunkline.process_lock import ProcessLock
-from trunkline.store import DeadLetterRow
+from trunkline.store import DeadLetterRow, ParkedRow
 from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import find_adapter, parse_address, unopened
 from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
@@ -69,29 +69,6 @@ class SubscriptionBacklog(msgspec.Struct, frozen=True):
     parked: int
     dead: int
     oldest_s: float | None
-
-
-class ParkedRow(msgspec.Struct, frozen=True):
-    """A parked message that its subscription tries next, or would if no dead letter held its key.
-
-    Attributes:
-        subscription: `name@channel`.
-        message: its envelope, or None if it cannot be read.
-        due: when it is tried, seconds since the epoch.
-        attempt: failures so far.
-        reason: why it was parked.
-        behind: how many of its key wait behind it; None where nothing does, without order per key.
-        held_by: number of the dead letter that it waits behind, if it does.
-    """
-
-    subscription: str
-    message: Message | None
-    key: str | None
-    due: float
-    attempt: int
-    reason: str
-    behind: int | None
-    held_by: int | None
 
 
 class ProcessRow(msgspec.Struct, frozen=True):
