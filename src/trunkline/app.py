@@ -95,12 +95,12 @@ class App:
         Raises: DefinitionError, ConfigurationError or TransportError; then nothing was received.
         """
         self.system.check()
-        self._check_promises()
+        self.check_promises()
         if self._ended is None:
             self._ended = asyncio.get_running_loop().create_future()
-        plans = list(_plans(self.system))
+        plans = list(plans_of(self.system))
         subscriptions = [subscription for _, subscription, _ in plans]
-        channels = _channels(self.system)
+        channels = channels_of(self.system)
         if not self.store.keeps:
             for subscription in subscriptions:
                 queue = dead_letter_queue(subscription.name)
@@ -352,7 +352,11 @@ class App:
 
     # --- checks and resources ---
 
-    def _check_promises(self) -> None:
+    def check_promises(self) -> None:
+        """Refuse what neither transport nor store can keep.
+
+        Raises: DefinitionError E116 or E117.
+        """
         capabilities = self.transport.capabilities
         for service in self.system.services:
             for handler in service.handlers:
@@ -460,7 +464,7 @@ class Running:
         await future
 
 
-def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
+def plans_of(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     """Return the subscriptions of a system with their handlers."""
     found: dict[tuple[str, str], tuple[Service, Subscription, list[Handler]]] = {}
     for service in system.services:
@@ -481,7 +485,7 @@ def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     return list(found.values())
 
 
-def _channels(system: System) -> dict[str, Channel]:
+def channels_of(system: System) -> dict[str, Channel]:
     """Return every channel that a system reads or publishes to, by name."""
     channels: dict[str, Channel] = {}
     for service in system.services:

@@ -29,7 +29,7 @@ class Finding(msgspec.Struct, frozen=True):
     Attributes:
         subject: what has the setting: `server`, `stream orders`, `user`.
         setting: its name, as the server calls it. value: as it is now.
-        meaning: what that means for the user, in one sentence.
+        meaning: what that means for the user, in one sentence without its full stop.
         change: what to change, where that is better.
         loses: what can be lost in which failure, to end the sentence "can be lost: …"; empty where nothing can.
         channel: the one it concerns; empty: all.
@@ -74,8 +74,14 @@ class Inspector(Protocol):
     async def close(self) -> None:
         """Disconnect."""
 
-    async def examine(self, channels: Sequence[Channel], subscriptions: Sequence[Subscription]) -> list[Finding]:
-        """Return how the server and what is on it of `channels` are set. What it does not tell is `unknown`."""
+    async def examine(
+        self, channels: Sequence[Channel], subscriptions: Sequence[Subscription], held_s: float
+    ) -> list[Finding]:
+        """Return how the server and what is on it of `channels` are set. What it does not tell is `unknown`.
+
+        Args:
+            held_s: how long a message may stay unsettled: the longest handler, without a store also the longest retry.
+        """
 
     async def look(self, subscriptions: Sequence[Subscription]) -> list[Backlog | None]:
         """Return how far each is behind, or None for one that is not there yet."""

@@ -29,7 +29,7 @@ def place(url: str) -> str:
     return str(Path(file_path(url)).resolve()) if address.scheme == "sqlite" else url
 
 
-def _one_place(settings: Settings) -> bool:
+def one_place(settings: Settings) -> bool:
     """Return whether messages and the state of services are in one place, which both a transport and a store know."""
     both = entry_points(group="trunkline.stores", name=parse_address(settings.transport).scheme)
     return bool(both) and place(settings.transport) == place(settings.store)
@@ -50,7 +50,7 @@ async def acting(settings: Settings) -> AsyncIterator[Store]:
     _check_file(settings.store, "--store" if settings.store != settings.transport else "--transport")
     async with contextlib.AsyncExitStack() as stack:
         transport = cast("Transport", NoTransport())
-        if _one_place(settings):
+        if one_place(settings):
             transport = await stack.enter_async_context(sending(settings.transport, ()))
         store: Store = load_adapter("trunkline.stores", settings.store, system_clock)
         await store.start(transport, ())
@@ -95,7 +95,7 @@ async def publish(settings: Settings, channel: Channel, staged: Sequence[Staged]
 
     A message for now needs no store, unless it is the same place.
     """
-    if staged[0].due is None and not _one_place(settings):
+    if staged[0].due is None and not one_place(settings):
         async with sending(settings.transport, [channel]) as transport:
             await transport.send(staged)
         return

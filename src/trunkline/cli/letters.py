@@ -147,7 +147,9 @@ class StoreLetters:
         Raises: ConfigurationError E230.
         """
         raise ConfigurationError(
-            "E230", f"{self._shown} does not list what is parked", "its package needs a trunkline.inspectors entry point"
+            "E230",
+            f"{self._shown} does not list what is parked",
+            "its package needs a trunkline.inspectors entry point",
         )
 
     async def set_aside(self) -> dict[str, tuple[int, int]]:
