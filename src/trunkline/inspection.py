@@ -15,7 +15,7 @@ import msgspec
 from trunkline.channel import Channel
 from trunkline.clock import Clock
 from trunkline.message import Message
-from trunkline.store import DeadLetterRow, ParkedRow
+from trunkline.store import DeadLetterRow, ParkedRow, SetAside
 from trunkline.transport import Backlog, Subscription, load_adapter, parse_address
 
 Verdict = Literal["kept", "weak", "broken", "unknown"]
@@ -123,8 +123,8 @@ class LetterReader(Protocol):
         Also return how many there are beyond `limit`.
         """
 
-    async def set_aside(self) -> dict[str, tuple[int, int]]:
-        """Return label → (parked messages, dead letters)."""
+    async def set_aside(self) -> dict[str, SetAside]:
+        """Return label → what is set aside, of all subscriptions that the store knows."""
 
 
 class StoreInspector(LetterReader, Protocol):

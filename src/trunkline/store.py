@@ -157,6 +157,20 @@ class ParkedRow(msgspec.Struct, frozen=True):
     held_by: int | None
 
 
+class SetAside(msgspec.Struct, frozen=True):
+    """What a store holds of one subscription.
+
+    Attributes:
+        parked: messages that wait for their next try, behind one that does, or behind a dead letter.
+        dead: dead letters.
+        oldest: time of the oldest parked message; None if there is none.
+    """
+
+    parked: int = 0
+    dead: int = 0
+    oldest: float | None = None
+
+
 class Store(Protocol):
     """Transactional state of a service. Implementations are found by entry point `trunkline.stores`.
 

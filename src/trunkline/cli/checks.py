@@ -137,7 +137,7 @@ def _inside(area: str, file: EmbeddedFile, *, integrity: bool) -> Iterator[Check
     else:
         yield Check(area, "integrity", "warn", "not checked", "leave out --no-integrity")
     yield from _processes(area, file)
-    parked, dead = (sum(counts[n] for counts in file.set_aside().values()) for n in range(2))
+    parked, dead = (sum(getattr(counts, name) for counts in file.set_aside().values()) for name in ("parked", "dead"))
     if parked:
         yield Check(area, "parked", "warn", f"{parked} wait for a next try or behind another", "trunkline parked")
     if dead:

@@ -53,7 +53,9 @@ def doctor(
     """Check environment, file or server, and services.
 
     A broker or database is asked for the settings that decide what a confirmation is worth. With MODULE:OBJECT it
-    also says what each link from service to service guarantees now. Looking changes nothing. Exit code 1 when something is wrong; a warning alone is 0.
+    also says what each link from service to service guarantees now. Looking changes nothing.
+
+    Exit code 1 when something is wrong; a warning alone is 0.
     """
     settings = load_settings(transport=transport, store=store, app=target)
     report = _examine(settings, integrity=integrity)

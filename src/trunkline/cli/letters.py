@@ -17,8 +17,8 @@ from trunkline.cli.embedded import EmbeddedFile, open_store
 from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DeadLetterError
-from trunkline.inspection import LetterReader, StoreInspector, load_inspector
-from trunkline.store import DeadLetterRow, ParkedRow, Store
+from trunkline.inspection import GROUP, LetterReader, StoreInspector, load_inspector
+from trunkline.store import DeadLetterRow, ParkedRow, SetAside, Store
 from trunkline.transport import load_adapter, parse_address
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class FileLetters:
         found = self._file.parked(subscription, message_type)
         return list(islice(found, limit)), sum(1 for _ in found)
 
-    async def set_aside(self) -> dict[str, tuple[int, int]]:
+    async def set_aside(self) -> dict[str, SetAside]:
         """See LetterReader."""
         return self._file.set_aside()
 
@@ -139,24 +139,21 @@ class StoreLetters:
         """See LetterReader."""
         return [row.number for row in await self.dead_letters(subscription, message_type)]
 
-    async def parked(
-        self, subscription: str | None, message_type: str | None, limit: int
-    ) -> tuple[list[ParkedRow], int]:
+    async def parked(self, *_: object) -> tuple[list[ParkedRow], int]:
         """Refuse: the contract of stores does not list what is parked.
 
         Raises: ConfigurationError E230.
         """
         raise ConfigurationError(
-            "E230",
-            f"{self._shown} does not list what is parked",
-            "its package needs a trunkline.inspectors entry point",
+            "E230", f"{self._shown} does not list what is parked", f"its package needs an entry point in {GROUP}"
         )
 
-    async def set_aside(self) -> dict[str, tuple[int, int]]:
+    async def set_aside(self) -> dict[str, SetAside]:
         """Count dead letters; what is parked the contract of stores does not tell."""
-        found: dict[str, tuple[int, int]] = {}
+        found: dict[str, SetAside] = {}
         for row in await self.dead_letters():
-            found[row.subscription] = (0, found.get(row.subscription, (0, 0))[1] + 1)
+            dead = found[row.subscription].dead if row.subscription in found else 0
+            found[row.subscription] = SetAside(dead=dead + 1)
         return found
 
 

@@ -15,13 +15,15 @@ import msgspec
 from trunkline.app import channels_of, plans_of
 from trunkline.channel import Channel
 from trunkline.cli.checks import Check
+from trunkline.cli.embedded import SubscriptionBacklog, open_file, standing
+from trunkline.cli.letters import opened_letters
 from trunkline.cli.target import load_target
 from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DefinitionError, TrunklineError
 from trunkline.inspection import Finding, Inspector, load_inspector
 from trunkline.service import System
-from trunkline.store import Store, dead_letter_queue
+from trunkline.store import SetAside, Store, dead_letter_queue
 from trunkline.transport import Subscription, load_adapter, parse_address
 
 _STATUS = {"kept": "ok", "weak": "warn", "unknown": "warn", "broken": "fail"}
@@ -68,6 +70,54 @@ def named(settings: Settings) -> tuple[Wanted, Settings]:
     if target.app is not None:
         settings = Settings(target.app.transport_url, target.app.store_url, settings.app, settings.origin)
     return wanted(target.system, settings.store), settings
+
+
+def channel_named(settings: Settings, name: str) -> tuple[Channel, str]:
+    """Return the channel of that name of the named system, and the URL of its transport.
+
+    Raises: ConfigurationError E210 to E214, E233; DefinitionError.
+    """
+    target = load_target(settings)
+    channels = channels_of(target.system)
+    for _, subscription, _ in plans_of(target.system):
+        queue = dead_letter_queue(subscription.name)  # there where no store keeps dead letters
+        channels.setdefault(queue.name, queue)
+    if name not in channels:
+        have = ", ".join(sorted(channels)) or "none"
+        raise ConfigurationError("E233", f"{target.name} has no channel {name!r}", f"there are: {have}")
+    return channels[name], settings.transport if target.app is None else target.app.transport_url
+
+
+async def backlogs(settings: Settings) -> list[SubscriptionBacklog]:
+    """Return how each subscription stands: of a file all that are in it, on a broker those of the named system.
+
+    Raises: ConfigurationError or TransportError where one of the places cannot be looked into.
+    """
+    now = system_clock.now()
+    if parse_address(settings.transport).scheme == "sqlite":
+        with open_file(settings.transport) as file:
+            return file.backlogs(await _set_aside(settings), now)
+    found, settings = named(settings)
+    async with inspecting(settings.transport) as inspector:
+        counts = await inspector.look(found.subscriptions)
+    aside = await _set_aside(settings)
+    return [
+        standing(
+            [subscription.label], subscription.channel.name, subscription.channel.kind,
+            None if count is None else count.waiting,
+            None if count is None or subscription.channel.kind == "stream" else count.in_flight,
+            None, aside, now,
+        )
+        for subscription, count in zip(found.subscriptions, counts, strict=True)
+    ]  # fmt: skip
+
+
+async def _set_aside(settings: Settings) -> dict[str, SetAside] | None:
+    """Return what the store holds, or None if there is no store."""
+    if parse_address(settings.store).scheme == "none":
+        return None
+    async with opened_letters(settings) as letters:
+        return await letters.set_aside()
 
 
 @contextlib.asynccontextmanager

@@ -85,7 +85,7 @@ class RedisInspector:
     def _version(self) -> Finding:
         version = ".".join(map(str, self._server.version))
         if self._server.version >= GOOD:
-            return Finding("server", "version", version, "kept", "has what Trunkline uses.")
+            return Finding("server", "version", version, "kept", "has what Trunkline uses")
         return Finding(
             "server", "version", version, "weak", "works, but what waits is counted by reading it", "Redis 7 or later"
         )
@@ -201,7 +201,7 @@ def _log(settings: dict[str, str], facts: dict[str, str]) -> Iterator[Finding]:
             f"what was confirmed{since}, when the server ends",
         )  # fmt: skip
         return
-    yield Finding("server", "appendonly", "yes", "kept", "what is confirmed is in the append-only file.")
+    yield Finding("server", "appendonly", "yes", "kept", "what is confirmed is in the append-only file")
     yield _synced(settings.get("appendfsync"))
     if settings.get("no-appendfsync-on-rewrite") == "yes":
         yield Finding(
@@ -215,7 +215,7 @@ def _synced(policy: str | None) -> Finding:
     if policy is None:
         return _untold("appendfsync", "how much a failure of the machine takes")
     if policy == "always":
-        return Finding("server", "appendfsync", policy, "kept", "confirmed means on disk.")
+        return Finding("server", "appendfsync", policy, "kept", "confirmed means on disk")
     much = "up to a second" if policy == "everysec" else "up to half a minute"
     return Finding(
         "server", "appendfsync", policy, "weak",
@@ -239,7 +239,7 @@ def _memory(settings: dict[str, str], facts: dict[str, str]) -> Iterator[Finding
             "whole channels, when memory is full",
         )  # fmt: skip
         return
-    yield Finding("server", "maxmemory-policy", policy, "kept", "no message is evicted when memory is full.")
+    yield Finding("server", "maxmemory-policy", policy, "kept", "no message is evicted when memory is full")
     if not limit:
         yield Finding(
             "server", "maxmemory", "0 (no limit)", "weak",
