@@ -16,7 +16,7 @@ from trunkline.channel import Channel
 from trunkline.clock import Clock
 from trunkline.message import Message
 from trunkline.store import DeadLetterRow, ParkedRow, SetAside
-from trunkline.transport import Backlog, Subscription, load_adapter, parse_address
+from trunkline.transport import Subscription, load_adapter, parse_address
 
 Verdict = Literal["kept", "weak", "broken", "unknown"]
 """`kept`: the promise holds. `weak`: a rare failure breaks it. `broken`: an ordinary one does, or nothing works so.
@@ -43,6 +43,18 @@ class Finding(msgspec.Struct, frozen=True):
     change: str = ""
     loses: str = ""
     channel: str = ""
+
+
+class Lag(msgspec.Struct, frozen=True):
+    """How far one subscription is behind, as far as it can be seen from outside.
+
+    Attributes:
+        waiting: messages not yet settled, those in flight included; None where that cannot be seen.
+        in_flight: of these, handed to a process; None where that cannot be seen.
+    """
+
+    waiting: int | None
+    in_flight: int | None = None
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -83,7 +95,7 @@ class Inspector(Protocol):
             held_s: how long a message may stay unsettled: the longest handler, without a store also the longest retry.
         """
 
-    async def look(self, subscriptions: Sequence[Subscription]) -> list[Backlog | None]:
+    async def look(self, subscriptions: Sequence[Subscription]) -> list[Lag | None]:
         """Return how far each is behind, or None for one that is not there yet."""
 
     def read(self, channel: Channel, *, from_start: bool, follow: bool) -> AsyncIterator[Seen]:

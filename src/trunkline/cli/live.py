@@ -105,7 +105,7 @@ async def backlogs(settings: Settings) -> list[SubscriptionBacklog]:
         standing(
             [subscription.label], subscription.channel.name, subscription.channel.kind,
             None if count is None else count.waiting,
-            None if count is None or subscription.channel.kind == "stream" else count.in_flight,
+            None if count is None else count.in_flight,
             None, aside, now,
         )
         for subscription, count in zip(found.subscriptions, counts, strict=True)

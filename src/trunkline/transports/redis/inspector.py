@@ -12,8 +12,8 @@ from typing import Any
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
-from trunkline.inspection import Finding, Seen, Verdict
-from trunkline.transport import Address, Backlog, Subscription
+from trunkline.inspection import Finding, Lag, Seen, Verdict
+from trunkline.transport import Address, Subscription
 from trunkline.transports.redis.connection import Connection, Refusal, failure, pack
 from trunkline.transports.redis.layout import Names, Positions, group_of, read_entry
 from trunkline.transports.redis.reader import count_after
@@ -111,11 +111,11 @@ class RedisInspector:
 
     # --- what waits ---
 
-    async def look(self, subscriptions: Sequence[Subscription]) -> list[Backlog | None]:
+    async def look(self, subscriptions: Sequence[Subscription]) -> list[Lag | None]:
         """Count what waits for each; see Inspector."""
         return [await self._backlog(subscription) for subscription in subscriptions]
 
-    async def _backlog(self, subscription: Subscription) -> Backlog | None:
+    async def _backlog(self, subscription: Subscription) -> Lag | None:
         group = group_of(subscription)
         counts = []
         for stream in Names(self._server.prefix, subscription.channel).streams:
@@ -127,8 +127,8 @@ class RedisInspector:
                 ]
         if not counts:
             return None
-        in_flight = 0 if isinstance(subscription.channel, Stream) else sum(pending for _, pending in counts)
-        return Backlog(sum(waiting for waiting, _ in counts), in_flight)
+        in_flight = None if isinstance(subscription.channel, Stream) else sum(pending for _, pending in counts)
+        return Lag(sum(waiting for waiting, _ in counts), in_flight)
 
     async def _waiting(self, stream: bytes, group: dict[bytes, Any], *, deletes: bool) -> tuple[int, int]:
         """Return how many entries a group has not settled, and how many of them it has handed out."""
