@@ -139,4 +139,23 @@ def _write_links(links: list[LinkPromise]) -> None:
     for limit, step in dict.fromkeys((link.limit, link.next_step) for link in links if link.limit):
         alike = dict.fromkeys(link.channel for link in links if (link.limit, link.next_step) == (limit, step))
         where = "" if len(alike) == len({link.channel for link in links}) else f" of {', '.join(alike)}"
-        console.print(Text(f"Limit{where}: {limit}." + (f" Next step: {step}." if step else "")))
+        _write_limit(where, limit.split("; "), list(filter(None, step.split("; "))))
+
+
+def _write_limit(where: str, limits: list[str], steps: list[str]) -> None:
+    """Print what is not kept: on one line where it is one thing, else as a list."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = stdout()
+    if len(limits) == 1 and len(steps) <= 1:
+        console.print(Text(f"Limit{where}: {limits[0]}." + (f" Next step: {steps[0]}." if steps else "")))
+        return
+    what, colon, first = limits[0].partition(": ")
+    console.print(Text(f"Limit{where}: {what}" if colon else f"Limit{where}:"))
+    for line in (first or what, *limits[1:]):
+        console.print(Padding(Text(line), (0, 0, 0, 4), expand=False))
+    if steps:
+        console.print(Text("  Next steps:" if len(steps) > 1 else "  Next step:"))
+    for line in steps:
+        console.print(Padding(Text(line), (0, 0, 0, 4), expand=False))

@@ -184,7 +184,10 @@ class Engine:
             raise translate(error, self.settings) from error
         if self._pool is None:
             self._pool = asyncpg.create_pool(
-                **arguments(self.settings, {}), min_size=0, max_size=self.settings.pool, max_inactive_connection_lifetime=60
+                **arguments(self.settings, {}),
+                min_size=0,
+                max_size=self.settings.pool,
+                max_inactive_connection_lifetime=60,
             )
             await self._pool
         for connection in (self._writer, self._reader):
@@ -193,8 +196,7 @@ class Engine:
 
     def _asked(self, new: bool) -> None:  # noqa: FBT001
         self._begin_sql = self.sql(
-            "BEGIN; UPDATE @process SET groups = {}, beat = now() WHERE id = "
-            f"{self.process} AND NOT dead"
+            f"BEGIN; UPDATE @process SET groups = {{}}, beat = now() WHERE id = {self.process} AND NOT dead"
         )
         if self.ran:
             for stage in self.stages:
@@ -547,7 +549,9 @@ class Engine:
         told |= self._told
         self._told = set()
         try:
-            await connection.execute(f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT")
+            await connection.execute(
+                f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT"
+            )
         except asyncpg.PostgresError as error:
             self._in_doubt = is_lost(error)
             raise

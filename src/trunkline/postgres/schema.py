@@ -91,5 +91,3 @@ async def _is_there(connection: asyncpg.Connection, settings: Settings, part: st
             f"use the release that wrote it, or {another}",
         )
     return version is not None
-
-

@@ -525,7 +525,9 @@ class PostgresStore:
                         "SELECT seq, channel, event FROM @outbox WHERE due <= $1 AND channel = ANY ($2::text[])"
                         " ORDER BY due, seq LIMIT $3"
                     ),
-                    now, mine, limit,
+                    now,
+                    mine,
+                    limit,
                 )  # fmt: skip
             )
 

@@ -19,7 +19,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import ConfigResource, ResourceType
+from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from trunkline import wire
 from trunkline.channel import Channel
@@ -170,9 +170,7 @@ def _seen(record: Message, plain: str | None) -> Seen:
     body: Any = record.value() or b""
     offset: Any = record.offset()
     try:
-        message = wire.decode(
-            body, lambda: text_headers(record), None if plain is None else plain_of(record, plain)
-        )
+        message = wire.decode(body, lambda: text_headers(record), None if plain is None else plain_of(record, plain))
     except DecodeError:
         return Seen(offset, None, body)
     return Seen(offset, message)

@@ -115,7 +115,8 @@ def _copies(subject: str, name: str, copies: int, *, clustered: bool) -> Iterato
     yield Finding(
         subject, "num_replicas", str(copies), "weak",
         "there is one copy of its messages" if copies == 1 else "nothing can be sent while one of both is down",
-        f"nats stream edit … --replicas {WANTED_COPIES}" if clustered else "a cluster of three servers, and ?replicas=3",
+        f"nats stream edit … --replicas {WANTED_COPIES}" if clustered
+        else "a cluster of three servers, and ?replicas=3",
         "everything, when the disk of the server is lost" if copies == 1 else "", name,
     )  # fmt: skip
 

@@ -37,7 +37,8 @@ SELECT current_setting('server_version') AS server_version, current_user AS me,
 """
 _SUBSCRIPTIONS = "SELECT s.id, c.name, s.name FROM @subscription s JOIN @channel c ON c.id = s.channel"
 _READ_LOG = """
-SELECT partition, position, event FROM @log WHERE channel = $1 AND position > coalesce(($2::bigint[])[partition + 1], -1)
+SELECT partition, position, event FROM @log
+WHERE channel = $1 AND position > coalesce(($2::bigint[])[partition + 1], -1)
 ORDER BY at, position, partition LIMIT $3
 """
 _READ_MESSAGES = """
@@ -168,7 +169,9 @@ class PostgresInspector:
         """Return what fetches the next page of a Stream."""
         after = [-1] * channel.partitions
         if not whole:
-            for partition, following in await self._rows("SELECT partition, next FROM @head WHERE channel = $1", number):
+            for partition, following in await self._rows(
+                "SELECT partition, next FROM @head WHERE channel = $1", number
+            ):
                 after[partition] = following - 1
 
         async def page() -> list[Seen]:
@@ -229,7 +232,7 @@ class PostgresInspector:
         """See LetterReader."""
         rows = await self._rows(
             "SELECT d.seq FROM @dead_letter d JOIN @reader r ON r.id = d.reader"
-            f" WHERE {_FITS} AND ($2::text IS NULL OR d.type = $2) ORDER BY d.seq",  # noqa: S608 - a constant
+            f" WHERE {_FITS} AND ($2::text IS NULL OR d.type = $2) ORDER BY d.seq",
             subscription, message_type,
         )  # fmt: skip
         return [row[0] for row in rows]
@@ -260,11 +263,9 @@ def _differences(there: Mapping[str, tuple[str, int]], channels: Sequence[Channe
         wanted = channel.partitions if isinstance(channel, Stream) else partitions
         if (kind, partitions) == (channel.kind, wanted) or partitions is None:
             continue
+        asked = f" with {channel.partitions} partitions" if isinstance(channel, Stream) else ""
         yield Finding(
             f"{channel.kind} {channel.name}", "declared as", f"{kind}, {partitions} partitions", "broken",
-            f"the system declares it as {channel.kind}"
-            f"{f' with {channel.partitions} partitions' if isinstance(channel, Stream) else ''} and does not start (E207)",
+            f"the system declares it as {channel.kind}{asked} and does not start (E207)",
             "declare it as it exists, or use another name or ?schema=", channel=channel.name,
         )  # fmt: skip
-
-

@@ -21,9 +21,7 @@ CUT_OFF = {
 }
 
 
-def judge(
-    settings: Mapping[str, str], facts: Mapping[str, Any], asked: Settings, held_s: float
-) -> Iterator[Finding]:
+def judge(settings: Mapping[str, str], facts: Mapping[str, Any], asked: Settings, held_s: float) -> Iterator[Finding]:
     """Yield what each setting is worth.
 
     Args:
@@ -68,7 +66,8 @@ def _disk(settings: Mapping[str, str]) -> Iterator[Finding]:
     wait_ms = 3 * int(settings["wal_writer_delay"])
     yield Finding(
         "server", "synchronous_commit", "off", "broken",
-        f"up to {wait_ms} ms of confirmed messages and effects are lost when the server crashes", "synchronous_commit = on",
+        f"up to {wait_ms} ms of confirmed messages and effects are lost when the server crashes",
+        "synchronous_commit = on",
         f"up to {wait_ms} ms of confirmed messages and effects, when the server crashes",
     )  # fmt: skip
 

@@ -499,4 +499,3 @@ def _resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | No
 
 def _nothing(_unit: Unit, _error: BaseException | None) -> None:
     """Nobody waits: cursors that were not written are written with the next group."""
-

@@ -441,6 +441,8 @@ def _context(address: Address, ca: str | None, cert: str | None, key: str | None
             context.load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(
-            "E245", f"{address.shown}: a file for TLS cannot be used: {error}", "ca, cert and key are paths of PEM files"
+            "E245",
+            f"{address.shown}: a file for TLS cannot be used: {error}",
+            "ca, cert and key are paths of PEM files",
         ) from error
     return context
