@@ -68,7 +68,9 @@ def note(url, channels, subscriptions):
     found = declared.setdefault(prefix, [])
     for channel in channels:
         found += [(names.channel(channel.name), "exchange"), (names.channel(channel.name), "queue")]
-        found += [(names.partition(channel.name, number), "queue") for number in range(getattr(channel, "partitions", 0))]
+        found += [
+            (names.partition(channel.name, number), "queue") for number in range(getattr(channel, "partitions", 0))
+        ]
     for subscription in subscriptions:
         found += [(names.subscription(subscription, part), "queue") for part in (None, "members")]
         numbers = range(getattr(subscription.channel, "partitions", 0))
@@ -698,9 +700,7 @@ async def test_what_was_confirmed_survives_restarts_of_the_broker_in_the_middle(
             number += 1
             await asyncio.sleep(0.002)
 
-    async with App(
-        service(seen), f"{server}?prefix={prefix}&timeout_s=30", store=f"sqlite:///{tmp_path}/s.db"
-    ) as app:
+    async with App(service(seen), f"{server}?prefix={prefix}&timeout_s=30", store=f"sqlite:///{tmp_path}/s.db") as app:
         publishing = asyncio.create_task(publish(app))
         for act in (lambda: brokers.restart(FAULTY), lambda: (brokers.kill(FAULTY), brokers.resume(FAULTY))):
             await asyncio.sleep(1)
@@ -738,7 +738,9 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
 
 
 async def test_another_process_goes_on_after_kill_9_and_nothing_is_lost(url, tmp_path):
-    note(url, [orders, events, Queue("shop.dead-letters")], [Subscription("shop", events), Subscription("shop", orders)])
+    note(
+        url, [orders, events, Queue("shop.dead-letters")], [Subscription("shop", events), Subscription("shop", orders)]
+    )
     store = f"sqlite:///{tmp_path}/s.db"
     seen = []
     async with opened(url, channels=[orders, events]) as publisher:

@@ -44,12 +44,14 @@ ORDER BY at, position, partition LIMIT $3
 _READ_MESSAGES = """
 SELECT place, event FROM @message WHERE place > $1 AND place < $2 AND place > $3 ORDER BY place LIMIT $4
 """
-_DEAD = """
+_JOINED = "FROM @dead_letter d JOIN @reader r ON r.id = d.reader"
+_DEAD = f"""
 SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at, d.holds,
     (SELECT count(*) FROM @parked p WHERE d.holds AND p.reader = d.reader AND p.lane = d.lane), d.event
-FROM @dead_letter d JOIN @reader r ON r.id = d.reader
-"""
+{_JOINED}
+"""  # noqa: S608 - a constant of this module
 _FITS = "($1::text IS NULL OR r.label = $1 OR starts_with(r.label, $1 || '@'))"
+_NUMBERS = f"SELECT d.seq {_JOINED} WHERE {_FITS} AND ($2::text IS NULL OR d.type = $2) ORDER BY d.seq"
 _PARKED = f"""
 SELECT r.label, p.event, p.key, p.due, p.attempt, p.reason,
     CASE WHEN p.lane IS NULL THEN NULL
@@ -231,9 +233,7 @@ class PostgresInspector:
     async def dead_letter_numbers(self, subscription: str | None = None, message_type: str | None = None) -> list[int]:
         """See LetterReader."""
         rows = await self._rows(
-            "SELECT d.seq FROM @dead_letter d JOIN @reader r ON r.id = d.reader"
-            f" WHERE {_FITS} AND ($2::text IS NULL OR d.type = $2) ORDER BY d.seq",
-            subscription, message_type,
+            _NUMBERS, subscription, message_type
         )  # fmt: skip
         return [row[0] for row in rows]
 

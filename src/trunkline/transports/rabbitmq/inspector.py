@@ -47,13 +47,26 @@ class Door(RabbitmqTransport):
         """Disconnect."""
         await self._disconnect()
 
+    async def alarm(self) -> str | None:
+        """Return why the broker takes no messages now, or None.
+
+        It tells a connection that publishes, and reads no more from it. So this one publishes to nobody, and is left.
+        """
+        connection = await self.enter()
+        try:
+            channel = await connection.channel()
+            nowhere = commands.Basic.Publish(exchange="", routing_key=f"trunkline.nowhere.{self._clock.new_id()}")
+            parts = frame.marshal(nowhere, channel.number), frame.marshal(header.ContentHeader(), channel.number)
+            connection.write(b"".join(parts))
+            await self._clock.sleep(ALARM_S)
+            return self._publisher.blocked
+        except AmqpError as error:
+            raise explained(error, "looking for alarms") from error
+        finally:
+            self._drop(AmqpError(0, "the connection is closed"))
+
     async def _connect_to(self, host: str, port: int) -> None:
         self._receiving = await self._sign_in(host, port, publishes=True)
-
-    @property
-    def alarm(self) -> str | None:
-        """Return why the broker takes no messages now, or None."""
-        return self._publisher.blocked
 
     @property
     def names(self) -> Names:
@@ -70,8 +83,8 @@ class RabbitmqInspector:
     """Looks at the broker that `address` names."""
 
     def __init__(self, address: Address, clock: Clock) -> None:
-        self._clock = clock
         self._door = Door(address, clock)
+        self._bell = Door(address, clock)
         self._connection: Connection | None = None
 
     @property
@@ -98,7 +111,7 @@ class RabbitmqInspector:
         self, channels: Sequence[Channel], subscriptions: Sequence[Subscription], held_s: float
     ) -> list[Finding]:
         """Return what can be told; see Inspector."""
-        found = [*judge_server(self._there.version, held_s), await self._alarm()]
+        found = [*judge_server(self._there.version, held_s), judge_alarm(await self._bell.alarm())]
         declarer = Declarer(self._there, self._door.names)
         for channel in channels:
             found += await self._channel(declarer, channel)
@@ -106,19 +119,6 @@ class RabbitmqInspector:
             found += await self._subscription(declarer, subscription)
         await declarer.close()
         return found
-
-    async def _alarm(self) -> Finding:
-        """Publish to nobody: the broker says of a connection that publishes whether it is blocked."""
-        try:
-            channel = await self._there.channel()
-            nowhere = commands.Basic.Publish(exchange="", routing_key=f"trunkline.nowhere.{self._clock.new_id()}")
-            parts = frame.marshal(nowhere, channel.number), frame.marshal(header.ContentHeader(), channel.number)
-            self._there.write(b"".join(parts))
-            await self._clock.sleep(ALARM_S)
-            await channel.close()
-        except AmqpError as error:
-            raise explained(error, "looking for alarms") from error
-        return judge_alarm(self._door.alarm)
 
     async def _channel(self, declarer: Declarer, channel: Channel) -> list[Finding]:
         names = self._door.names
