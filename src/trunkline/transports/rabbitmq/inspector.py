@@ -59,11 +59,12 @@ class Door(RabbitmqTransport):
             parts = frame.marshal(nowhere, channel.number), frame.marshal(header.ContentHeader(), channel.number)
             connection.write(b"".join(parts))
             await self._clock.sleep(ALARM_S)
-            return self._publisher.blocked
         except AmqpError as error:
             raise explained(error, "looking for alarms") from error
         finally:
+            reason = self._publisher.blocked
             self._drop(AmqpError(0, "the connection is closed"))
+        return reason
 
     async def _connect_to(self, host: str, port: int) -> None:
         self._receiving = await self._sign_in(host, port, publishes=True)
