@@ -287,6 +287,10 @@ class PostgresStore:
         if lane is not None:
             touched.add((self._reader(delivery.subscription), lane))
 
+    def alone(self, units: Sequence[Unit], told: set[str]) -> tuple[str, tuple[Any, ...], int] | None:  # noqa: ARG002
+        """Return None: inbox rows are looked at before the commit."""
+        return None
+
     def committed(self, units: Sequence[Unit], *, alone: bool) -> None:
         """Nothing to note: who waits is told."""
 

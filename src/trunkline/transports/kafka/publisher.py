@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from zlib import crc32
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
@@ -19,6 +18,7 @@ from trunkline import wire
 from trunkline.channel import Stream
 from trunkline.clock import WorkerThread
 from trunkline.errors import PublishError, TransportError, TrunklineError
+from trunkline.partitions import partition_of
 from trunkline.transport import Staged
 from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, Settings, client_log, describe, failure, refusal
 
@@ -141,7 +141,7 @@ class Publisher:
             topic = topics.get(channel.name) or self._topic(channel.name)
             place = -1
             if isinstance(channel, Stream):
-                place = crc32((key or message.id).encode()) % channel.partitions
+                place = partition_of(message, channel.partitions)
             answer = partial(sending.answer_one, number) if several else sending.answer
             try:
                 producer.produce(topic, wire.encode(message), key, place, answer, headers=HEADERS)

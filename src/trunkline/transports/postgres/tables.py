@@ -63,32 +63,41 @@ def stored_name(subscription: Subscription) -> str:
     return subscription.channel.name if isinstance(subscription.channel, Queue) else subscription.name
 
 
-PUT_QUEUE = """
-INSERT INTO @message (place, owner, suspect, event)
-SELECT u.base + nextval('@message_row'), 0, false, u.event FROM unnest($1::bigint[], $2::bytea[]) AS u(base, event)
-"""
+# Each exists twice: inside the transaction of a group, and as a group by itself, in one statement. Then it goes on from
+# `fence`, a row while this process was not taken over, and its parameters begin after those of the fence.
 
-PUT_TOPIC = """
+_QUEUE = """
+INSERT INTO @message (place, owner, suspect, event)
+SELECT u.base + nextval('@message_row'), 0, false, u.event FROM unnest({0}::bigint[], {1}::bytea[]) AS u(base, event)
+"""
+_TOPIC = """
 INSERT INTO @message (place, owner, suspect, event)
 SELECT (s.id::bigint * 16 + 9) * 1099511627776 + nextval('@message_row'), 0, false, u.event
-FROM unnest($1::integer[], $2::bytea[]) WITH ORDINALITY AS u(channel, event, number)
-JOIN @subscription s ON s.channel = u.channel ORDER BY u.number, s.id
+FROM unnest({0}::integer[], {1}::bytea[]) WITH ORDINALITY AS u(channel, event, number)
+JOIN @subscription s ON s.channel = u.channel{2} ORDER BY u.number, s.id
 """
-
-LOCK_HEADS = """
-SELECT h.channel, h.partition, h.next FROM unnest($1::integer[], $2::integer[]) AS u(channel, partition)
-JOIN @head h ON h.channel = u.channel AND h.partition = u.partition ORDER BY 1, 2 FOR UPDATE OF h
-"""
-
-PUT_STREAM = """
-WITH moved AS (
-    UPDATE @head h SET next = u.next FROM unnest($1::integer[], $2::integer[], $3::bigint[]) AS u(channel, partition, next)
-    WHERE h.channel = u.channel AND h.partition = u.partition
+# The heads are locked in their order, so that two groups never wait for each other; what is read under the lock is what
+# is written back. {0} to {2}: partitions and how many go there; {3} to {7}: the messages.
+_STREAM = """
+locked AS MATERIALIZED (
+    SELECT h.channel, h.partition, h.next, w.count
+    FROM unnest({0}::integer[], {1}::integer[], {2}::integer[]) AS w(channel, partition, count)
+    JOIN @head h ON h.channel = w.channel AND h.partition = w.partition ORDER BY 1, 2 FOR UPDATE OF h
+), moved AS (
+    UPDATE @head h SET next = l.next + l.count FROM locked l
+    WHERE h.channel = l.channel AND h.partition = l.partition RETURNING h.channel, h.partition, l.next
 )
 INSERT INTO @log (channel, partition, position, at, event)
-SELECT u.channel, u.partition, u.position, $8, u.event
-FROM unnest($4::integer[], $5::integer[], $6::bigint[], $7::bytea[]) AS u(channel, partition, position, event)
+SELECT u.channel, u.partition, m.next + u.number, {7}, u.event
+FROM unnest({3}::integer[], {4}::integer[], {5}::integer[], {6}::bytea[]) AS u(channel, partition, number, event)
+JOIN moved m ON m.channel = u.channel AND m.partition = u.partition{8}
 """
+
+PUT_QUEUE = _QUEUE.format("$1", "$2")
+PUT_TOPIC = _TOPIC.format("$1", "$2", "")
+PUT_STREAM = "WITH" + _STREAM.format(*(f"${number}" for number in range(1, 9)), "")
+PUT_QUEUE_ALONE = _QUEUE.format("$4", "$5") + "CROSS JOIN fence"
+PUT_STREAM_ALONE = "," + _STREAM.format(*(f"${number}" for number in range(4, 12)), " CROSS JOIN fence")
 
 # Claimed by ctid, which the locked rows keep; never in one statement with the removal of others: that deadlocked.
 CLAIM = """

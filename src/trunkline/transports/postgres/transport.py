@@ -27,10 +27,11 @@ from trunkline.transport import LIVE, Address, Backlog, Capabilities, Delivery, 
 from trunkline.transports.postgres.readers import Partition, QueueReader, StreamReader
 from trunkline.transports.postgres.tables import (
     HIGHEST,
-    LOCK_HEADS,
     MOVE_CURSORS,
     PUT_QUEUE,
+    PUT_QUEUE_ALONE,
     PUT_STREAM,
+    PUT_STREAM_ALONE,
     PUT_TOPIC,
     QUEUE_BACKLOG,
     REMOVE,
@@ -93,7 +94,7 @@ class PostgresTransport:
         engine = self.engine
         self._statements = {
             sql: engine.sql(sql)
-            for sql in (PUT_QUEUE, PUT_TOPIC, LOCK_HEADS, PUT_STREAM, REMOVE, MOVE_CURSORS)
+            for sql in (PUT_QUEUE, PUT_QUEUE_ALONE, PUT_TOPIC, PUT_STREAM, PUT_STREAM_ALONE, REMOVE, MOVE_CURSORS)
         }  # fmt: skip
         await engine.add_stage(self)
         self._take_labels({subscription.label for subscription in wanted})
@@ -294,24 +295,48 @@ class PostgresTransport:
             await connection.execute(statements[REMOVE], gone)
         if connection is self.engine.writer:
             await self._move_cursors(connection)
+        rows = await self._place(connection, units, told)
+        if rows.queue[0]:
+            await connection.execute(statements[PUT_QUEUE], *rows.queue)
+        if rows.topic[0]:
+            await connection.execute(statements[PUT_TOPIC], *rows.topic)
+        if rows.stream:
+            # Last of all: until the commit nobody else can append to these partitions.
+            await connection.execute(statements[PUT_STREAM], *rows.appended(int(self._clock.now())))
+
+    async def _place(self, connection: asyncpg.Connection, units: Sequence[Unit], told: set[str]) -> _Rows:
+        rows = _Rows()
         undeclared: dict[str, _Route] = {}
-        queue: tuple[list[int], list[bytes]] = ([], [])
-        topic: tuple[list[int], list[bytes]] = ([], [])
-        stream: dict[tuple[int, int], list[bytes]] = defaultdict(list)
+        routes = self._routes
         for unit in units:
             for staged in unit.staged:
                 if staged.due is None:
-                    route = self._routes.get(staged.channel.name)
+                    route = routes.get(staged.channel.name)
                     if route is None:  # declared after the start; known once this is committed
                         route = await self._declare_channel(connection, staged.channel, undeclared)
-                    _place(staged, route, queue, topic, stream)
+                    rows.add(staged, route)
                     told.add(route.word)
-        if queue[0]:
-            await connection.execute(statements[PUT_QUEUE], *queue)
-        if topic[0]:
-            await connection.execute(statements[PUT_TOPIC], *topic)
-        if stream:
-            await self._append(connection, stream)
+        return rows
+
+    def alone(self, units: Sequence[Unit], told: set[str]) -> tuple[str, tuple[Any, ...], int] | None:
+        """Return the one statement that writes `units`, its parameters and how many rows it adds; None if one cannot."""
+        if any(unit.deliveries for unit in units) or self._dirty():
+            return None
+        rows = _Rows()
+        routes = self._routes
+        for unit in units:
+            for staged in unit.staged:
+                route = routes.get(staged.channel.name)
+                if route is None:
+                    return None
+                rows.add(staged, route)
+                told.add(route.word)
+        if rows.topic[0] or bool(rows.queue[0]) == bool(rows.stream):
+            return None
+        if rows.stream:
+            parameters = rows.appended(int(self._clock.now()))
+            return self._statements[PUT_STREAM_ALONE], parameters, len(parameters[3])
+        return self._statements[PUT_QUEUE_ALONE], rows.queue, len(rows.queue[0])
 
     def _settled_places(self, units: Sequence[Unit]) -> list[int]:
         """Return the rows to be removed: what others have by now is theirs to settle."""
@@ -323,26 +348,6 @@ class PostgresTransport:
                     if delivery.position in held:
                         gone.append(delivery.position)
         return gone
-
-    async def _append(self, connection: asyncpg.Connection, stream: dict[tuple[int, int], list[bytes]]) -> None:
-        """Append to partitions, last of all: until the commit nobody else can append to them."""
-        at = int(self._clock.now())
-        places = sorted(stream)
-        heads = await connection.fetch(
-            self._statements[LOCK_HEADS], [channel for channel, _ in places], [partition for _, partition in places]
-        )
-        moved: tuple[list[int], list[int], list[int]] = ([], [], [])
-        rows: tuple[list[int], list[int], list[int], list[bytes]] = ([], [], [], [])
-        for channel, number, first in heads:
-            events = stream[channel, number]
-            count = len(events)
-            for values, value in zip(moved, (channel, number, first + count), strict=True):
-                values.append(value)
-            rows[0].extend([channel] * count)
-            rows[1].extend([number] * count)
-            rows[2].extend(range(first, first + count))
-            rows[3].extend(events)
-        await connection.execute(self._statements[PUT_STREAM], *moved, *rows, at)
 
     def _dirty(self) -> list[tuple[int, Partition]]:
         return [
@@ -463,25 +468,46 @@ class _Route:
         self.word = f"c{number}"
 
 
-def _place(
-    staged: Staged,
-    route: _Route,
-    queue: tuple[list[int], list[bytes]],
-    topic: tuple[list[int], list[bytes]],
-    stream: dict[tuple[int, int], list[bytes]],
-) -> None:
-    """Put one message where its kind of channel is written from."""
-    channel, message = staged.channel, staged.message
-    event = pack(message)
-    if isinstance(channel, Queue):
-        urgent = min(max(message.priority, 0), HIGHEST) if channel.priority else 0
-        queue[0].append(queue_base(route.queue, urgent))
-        queue[1].append(event)
-    elif isinstance(channel, Stream):
-        stream[route.number, partition_of(message, channel.partitions)].append(event)
-    else:
-        topic[0].append(route.number)
-        topic[1].append(event)
+class _Rows:
+    """Messages, each where its kind of channel is written from.
+
+    Attributes:
+        queue: places and envelopes. topic: channels and envelopes.
+        stream: (channel, partition) → envelopes.
+    """
+
+    __slots__ = ("queue", "stream", "topic")
+
+    def __init__(self) -> None:
+        self.queue: tuple[list[int], list[bytes]] = ([], [])
+        self.topic: tuple[list[int], list[bytes]] = ([], [])
+        self.stream: dict[tuple[int, int], list[bytes]] = defaultdict(list)
+
+    def add(self, staged: Staged, route: _Route) -> None:
+        """Add one message."""
+        channel, message = staged.channel, staged.message
+        event = pack(message)
+        if isinstance(channel, Queue):
+            urgent = min(max(message.priority, 0), HIGHEST) if channel.priority else 0
+            self.queue[0].append(queue_base(route.queue, urgent))
+            self.queue[1].append(event)
+        elif isinstance(channel, Stream):
+            self.stream[route.number, partition_of(message, channel.partitions)].append(event)
+        else:
+            self.topic[0].append(route.number)
+            self.topic[1].append(event)
+
+    def appended(self, at: int) -> tuple[Any, ...]:
+        """Return the parameters of PUT_STREAM."""
+        places = sorted(self.stream)
+        counts = [len(self.stream[place]) for place in places]
+        rows: tuple[list[int], list[int], list[int], list[bytes]] = ([], [], [], [])
+        for place, count in zip(places, counts, strict=True):
+            rows[0].extend([place[0]] * count)
+            rows[1].extend([place[1]] * count)
+            rows[2].extend(range(count))
+            rows[3].extend(self.stream[place])
+        return ([channel for channel, _ in places], [partition for _, partition in places], counts, *rows, at)
 
 
 def _resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | None) -> None:

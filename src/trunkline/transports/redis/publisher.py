@@ -7,7 +7,7 @@ Read next: transport.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from trunkline.channel import Channel, Stream
@@ -53,11 +53,15 @@ class _Batch:
 class Publisher:
     """Sends messages over the connection that is up.
 
+    Args:
+        refused: told why the server refused a message.
+
     Attributes:
         connection: that one, or None while there is none.
     """
 
-    def __init__(self, server: Server, link: Link) -> None:
+    def __init__(self, server: Server, link: Link, refused: Callable[[TrunklineError], None]) -> None:
+        self._refused = refused
         self.connection: Connection | None = None
         self._server = server
         self._link = link
@@ -131,9 +135,9 @@ class Publisher:
         replies.add_done_callback(lambda done: self._answered(batches, count, done))
 
     def _answered(self, batches: list[_Batch], count: int, done: asyncio.Future[list[Any]]) -> None:
-        error = done.exception()
-        if error is not None:
-            self._end(batches, self._unknown(str(error)))
+        lost = done.exception()
+        if lost is not None:
+            self._end(batches, self._unknown(str(lost)))
             return
         replies = done.result()
         if len(replies) > count and (isinstance(replies[-1], Refusal) or replies[-1] < self._server.replicas):
@@ -148,7 +152,10 @@ class Publisher:
             at += len(mine)
             refused = [reply for reply in mine if isinstance(reply, Refusal)]
             unsent = [staged for staged, reply in zip(batch.sent, mine, strict=True) if isinstance(reply, Refusal)]
-            batch.end(failure(self._server.shown, refused[0]) if refused else None, unsent)
+            error = failure(self._server.shown, refused[0]) if refused else None
+            batch.end(error, unsent)
+            if error is not None:
+                self._refused(error)
 
     def _end(self, batches: list[_Batch], error: TransportError | None) -> None:
         for batch in batches:

@@ -113,6 +113,12 @@ class Reader:
         """Read and tend from now on."""
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._read_always()), loop.create_task(self._tend_always())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s is read no more: %s", self.subscription.label, error, exc_info=error)
 
     async def drain(self) -> None:
         """Read nothing more; what is held stays so until `stop`."""

@@ -23,7 +23,7 @@ from trunkline.wire import MAX_WIRE_BYTES
 
 PORT = 6379
 ATTEMPT_S = 5.0
-"""How long one host may take to accept a connection."""
+"""How long one host may take to accept a connection; half of a shorter `timeout_s`, so that the reason is told."""
 OLDEST = (6, 2)
 """XAUTOCLAIM, XTRIM MINID and XPENDING IDLE came with this version."""
 
@@ -67,7 +67,7 @@ class Server:
     async def connect(self, lost: Callable[[Connection], None]) -> Connection:
         """Return a connection to the first host that is a writable server.
 
-        Raises: ConfigurationError E241 or E244 to E248; TransportError E522 when it may work later.
+        Raises: ConfigurationError E244 to E248; TransportError E522 when it may work later.
         """
         problems = []
         for host, port in self._hosts:
@@ -80,7 +80,7 @@ class Server:
     async def _connect(self, host: str, port: int, lost: Callable[[Connection], None]) -> Connection:
         connection = Connection(self.shown, self._clock, self.timeout_s, lost)
         try:
-            async with asyncio.timeout(min(ATTEMPT_S, self.timeout_s)):
+            async with asyncio.timeout(min(ATTEMPT_S, self.timeout_s / 2)):
                 await self._open(connection, host, port)
                 await self._greet(connection, f"{host}:{port}")
         except TimeoutError:
@@ -121,7 +121,7 @@ class Server:
         if isinstance(select, Refusal):
             if str(select).startswith("NOPERM"):
                 raise failure(self.shown, select)
-            raise ConfigurationError("E241", f"database {self._database} of {place}: {select}", "a number from 0")
+            raise ConfigurationError("E246", f"database {self._database} of {place}: {select}", "name another")
         if isinstance(ping, Refusal) and not str(ping).startswith("NOPERM"):
             raise failure(self.shown, ping)
 

@@ -32,18 +32,19 @@ class _Partition:
 
     Attributes:
         last: id of the entry read last.
+        given: id of the entry handed over last.
         mark: what is handed out and not finished.
         entries: how many entries stand before the mark since the stream began, or -1 if unknown.
         bound: position up to which its last reader may have handed out when it died.
         closing: nothing more of it is handed out.
     """
 
-    __slots__ = ("bound", "closing", "entries", "last", "mark", "number", "positions", "stream")
+    __slots__ = ("bound", "closing", "entries", "given", "last", "mark", "number", "positions", "stream")
 
     def __init__(self, number: int, stream: bytes, cursor: bytes, entries: int, bound: bytes) -> None:
         self.number = number
         self.stream = stream
-        self.last = cursor
+        self.last = self.given = cursor
         self.positions = Positions()
         self.mark = Watermark(self.positions.of(cursor) + 1)
         self.entries = entries
@@ -83,6 +84,8 @@ class StreamReader(Reader):
     async def read(self, connection: Connection) -> None:
         """Read after what was read, of all partitions at once; see Reader."""
         found: list[tuple[_Partition, list[Entry]]] = []
+        for state in self._partitions.values():
+            state.last = state.given  # what was read before the connection ended and not noted is read again
         while not self._draining:
             noted = self._note(connection, found)
             await self.inflow.room()
@@ -138,6 +141,7 @@ class StreamReader(Reader):
             current = self._partitions.get(state.number) is state and not state.closing
             if current and state.number not in lost:
                 self.inflow.put(self._deliveries(state, entries))
+                state.given = entries[-1][0]
 
     def _deliveries(self, state: _Partition, entries: list[Entry]) -> list[Delivery]:
         subscription, plain = self.subscription, self.subscription.channel.plain

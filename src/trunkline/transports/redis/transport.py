@@ -56,7 +56,7 @@ class RedisTransport:
         self._server = Server(address, clock)
         self._clock = clock
         self._link = Link(address.shown, clock, self._connect)
-        self._publisher = Publisher(self._server, self._link)
+        self._publisher = Publisher(self._server, self._link, self.failed)
         self._token = f"{socket.gethostname()}:{os.getpid()}:{clock.new_id()}"
         self._connection: Connection | None = None
         self._channels: list[Channel] = []
