@@ -31,6 +31,8 @@ DIAL_S = 5.0
 """Longest wait for one server to answer."""
 ASK_S = 5.0
 """Longest wait for an answer of the JetStream API."""
+LEAVE_S = 2.0
+"""Longest wait for what was written last to reach the server."""
 PING_S = 5
 """A connection that is silent for three of these is taken for lost."""
 
@@ -76,10 +78,28 @@ class Wire(Client):
         if self._transport is not None and self.is_connected:
             self._transport.writelines(commands)
 
+    async def _process_op_err(self, e: Exception) -> None:
+        self.abort()
+        await super()._process_op_err(e)
+
     def abort(self) -> None:
-        """Close what never became a connection. `close` would wait for ever where a TLS handshake had failed."""
-        if self._transport is not None:
-            self._transport.close()
+        """Drop the connection with what is not written.
+
+        nats-py closes and waits: for minutes where the other side is silent, for ever after a failed TLS handshake.
+        """
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def leave(self) -> None:
+        """Close in order, but not for long."""
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self.flush()
+        except (errors.Error, TimeoutError, OSError) as error:
+            log.debug("not flushed: %s", error)
+            self.abort()
+        await self.close()
 
     async def end(self, subscription: Subscription) -> None:
         """Ask for no more of `subscription`, see what was on its way, then forget it."""
@@ -154,6 +174,7 @@ class Connection:
             await self._established()
         except BaseException:
             self._wire = None
+            wire.abort()
             await wire.close()
             raise
 
@@ -197,6 +218,12 @@ class Connection:
         except ConfigurationError as error:
             wire.abort()
             raise ConfigurationError(error.code, f"{self.shown}: {error.message}", error.hint) from None
+        except ModuleNotFoundError as error:
+            wire.abort()
+            raise ConfigurationError(
+                "E242", f"{self.shown} with credentials needs {error.name}, which is not installed",
+                "pip install 'nats-py[nkeys]'",
+            ) from error  # fmt: skip
         except (OSError, errors.Error, TimeoutError, ValueError) as error:
             wire.abort()
             raise self._refusal(seen[-1] if isinstance(error, errors.NoServersError) and seen else error) from error
@@ -265,12 +292,7 @@ class Connection:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.send_raw(self._out)
-            try:
-                async with asyncio.timeout(1):
-                    await wire.flush()
-            except (errors.Error, TimeoutError, OSError) as error:
-                log.debug("%s: not flushed: %s", self.shown, error)
-            await wire.close()
+            await wire.leave()
 
     # --- writing and asking ---
 
