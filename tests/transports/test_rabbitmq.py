@@ -5,19 +5,19 @@ What is true of every transport is tested by the conformance suite.
 
 import asyncio
 import contextlib
-import signal
-import subprocess
 import sys
 import time
 import uuid
 
 import pytest
-from pamqp import commands
+from pamqp import body as bodies
+from pamqp import commands, frame, header
 
 from tests import brokers
 from trunkline import App, Queue, Service, Stream, Struct, Topic
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError, UnroutableError
+from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
 from trunkline.transports.rabbitmq.client import AmqpError, Connection, connect
@@ -143,30 +143,30 @@ def load(url):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ConfigurationError, match="E240.*options are: ca, cert, heartbeat, key, prefix, timeout_s"):
+    with pytest.raises(ConfigurationError, match=r"E240.*options are: ca, cert, heartbeat, key, prefix, timeout_s"):
         load("amqp://localhost?prefetch=1")
 
 
 def test_a_prefix_that_would_make_names_ambiguous_is_refused():
-    with pytest.raises(ConfigurationError, match="E241 prefix='a:b'"):
+    with pytest.raises(ConfigurationError, match=r"E241 prefix='a:b'"):
         load("amqp://localhost?prefix=a:b")
 
 
 async def test_a_wrong_password_is_refused_at_once_and_not_shown(server):
     wrong = server.replace("guest:guest", "guest:wrong-secret")
-    with pytest.raises(ConfigurationError, match="E244.*'guest'") as caught:
+    with pytest.raises(ConfigurationError, match=r"E244.*'guest'") as caught:
         await load(wrong).start([], [])
     assert "wrong-secret" not in str(caught.value)
 
 
 async def test_a_virtual_host_that_does_not_exist_is_named(server):
-    with pytest.raises(ConfigurationError, match="E246.*nowhere not found"):
+    with pytest.raises(ConfigurationError, match=r"E246.*nowhere not found"):
         await load(f"{server}nowhere").start([], [])
 
 
 async def test_a_broker_that_is_not_there_is_said_within_the_timeout():
     begin = time.monotonic()
-    with pytest.raises(TransportError, match="E520 amqp://127.0.0.1:1.*within 0.5 s"):
+    with pytest.raises(TransportError, match=r"E520 amqp://127.0.0.1:1.*within 0.5 s"):
         await load("amqp://127.0.0.1:1?timeout_s=0.5").start([], [])
     assert time.monotonic() - begin < 3
 
@@ -182,7 +182,7 @@ async def test_a_server_that_says_nothing_is_said_within_the_timeout():
     silent = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
     writers = []
     port = silent.sockets[0].getsockname()[1]
-    with pytest.raises(TransportError, match="E520"):
+    with pytest.raises(TransportError, match=r"E520"):
         await load(f"amqp://127.0.0.1:{port}?timeout_s=0.5").start([], [])
     for writer in writers:
         writer.close()
@@ -190,16 +190,19 @@ async def test_a_server_that_says_nothing_is_said_within_the_timeout():
     await silent.wait_closed()
 
 
-async def test_a_server_of_another_protocol_is_no_broker():
-    async def answer(_reader, writer):
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x03\x01\x00\x00", b"-ERR unknown command"]
+)
+async def test_a_server_of_another_protocol_is_no_broker(answer):
+    async def talk(_reader, writer):
+        writer.write(answer)
         writers.append(writer)
 
     writers = []
-    other = await asyncio.start_server(answer, "127.0.0.1", 0)
+    other = await asyncio.start_server(talk, "127.0.0.1", 0)
     port = other.sockets[0].getsockname()[1]
-    with pytest.raises(TransportError, match="E520"):
-        await load(f"amqp://127.0.0.1:{port}?timeout_s=0.5").start([], [])
+    with pytest.raises(ConfigurationError, match=r"E248.*AMQP"):
+        await load(f"amqp://127.0.0.1:{port}?timeout_s=5").start([], [])
     for writer in writers:
         writer.close()
     other.close()
@@ -212,24 +215,24 @@ async def test_a_server_of_another_protocol_is_no_broker():
 async def test_tls_is_verified_with_the_given_authority(prefix):
     tls = brokers.broker_url("rabbitmq:tls")
     certificate = brokers.certificate("rabbitmq:tls")
-    with pytest.raises(ConfigurationError, match="E245.*ca=FILE"):
+    with pytest.raises(ConfigurationError, match=r"E245.*ca=FILE"):
         await load(f"{tls}?prefix={prefix}").start([], [])
     queue = Queue(f"tls-{uuid.uuid4()}")
     transport = load(f"{tls}?prefix={prefix}&ca={certificate}")
     await transport.start([queue], [])
     await transport.send([staged(queue)])
     await transport.stop()
-    with pytest.raises(ConfigurationError, match="E245.*speaks TLS; write amqps"):
+    with pytest.raises(ConfigurationError, match=r"E245.*speaks TLS; write amqps"):
         await load(f"{tls.replace('amqps', 'amqp')}?prefix={prefix}").start([], [])
 
 
 async def test_tls_to_a_port_without_it_is_said(server):
-    with pytest.raises(ConfigurationError, match="E245"):
+    with pytest.raises(ConfigurationError, match=r"E245"):
         await load(server.replace("amqp", "amqps")).start([], [])
 
 
 def test_a_file_for_tls_that_is_not_there_is_said():
-    with pytest.raises(ConfigurationError, match="E245.*PEM"):
+    with pytest.raises(ConfigurationError, match=r"E245.*PEM"):
         load("amqps://localhost?ca=/nowhere/ca.pem")
 
 
@@ -239,9 +242,9 @@ def test_a_file_for_tls_that_is_not_there_is_said():
 async def test_a_channel_that_exists_as_another_kind_is_refused(url):
     async with opened(url, channels=[Queue("orders")]):
         pass
-    with pytest.raises(ConfigurationError, match="E207 topic 'orders' exists as queue"):
+    with pytest.raises(ConfigurationError, match=r"E207 topic 'orders' exists as queue"):
         await started(url, channels=[Topic("orders")])
-    with pytest.raises(ConfigurationError, match="E207 stream 'orders' exists as queue"):
+    with pytest.raises(ConfigurationError, match=r"E207 stream 'orders' exists as queue"):
         await started(url, channels=[Stream("orders", partitions=2)])
 
 
@@ -285,7 +288,7 @@ async def test_names_with_dots_do_not_meet(url):
 
 async def test_a_name_that_is_too_long_is_refused(server):
     transport = load(f"{server}?prefix={'p' * 200}")
-    with pytest.raises(ConfigurationError, match="E241.*255 bytes"):
+    with pytest.raises(ConfigurationError, match=r"E241.*255 bytes"):
         await transport.start([Queue("q" * 100)], [])
 
 
@@ -320,7 +323,7 @@ async def test_a_message_that_no_queue_takes_is_an_error_and_the_others_are_sent
             channel = await other.channel()
             await channel.call(commands.Queue.Delete(queue=f"{prefix}.gone"), commands.Queue.DeleteOk)
         batch = [staged(there, 1), staged(gone, 2), staged(there, 3)]
-        with pytest.raises(UnroutableError, match="E313.*queue 'gone': NO_ROUTE") as caught:
+        with pytest.raises(UnroutableError, match=r"E313.*queue 'gone': NO_ROUTE") as caught:
             await transport.send(batch)
         assert caught.value.unsent == [batch[1]]
         reader = Subscription("there", there)
@@ -404,8 +407,6 @@ async def write(connection, exchange, key, body, **properties):
     await channel.call(commands.Confirm.Select(), commands.Confirm.SelectOk)
     done = asyncio.get_running_loop().create_future()
     channel.confirmed = lambda *_: done.set_result(None)
-    from pamqp import body as bodies, frame, header  # noqa: PLC0415
-
     content = header.ContentHeader(body_size=len(body), properties=commands.Basic.Properties(**properties))
     publish = commands.Basic.Publish(exchange=exchange, routing_key=key)
     parts = [publish, content, *([bodies.ContentBody(body)] if body else [])]
@@ -723,7 +724,7 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
     await asyncio.sleep(2)  # RabbitMQ 3.10 forgets the log of a quorum queue that is younger than a second when it dies
     await asyncio.to_thread(brokers.kill, FAULTY)
     late = staged(queue, 1)
-    with pytest.raises(TransportError, match="E52[01]") as caught:
+    with pytest.raises(TransportError, match=r"E52[01]") as caught:
         await transport.send([late])
     assert caught.value.unsent == [late]
     with pytest.raises(TransportError, match=r"E520 .* was not reached within 1.5 s"):
@@ -744,16 +745,17 @@ async def test_another_process_goes_on_after_kill_9_and_nothing_is_lost(url, tmp
     store = f"sqlite:///{tmp_path}/s.db"
     seen = []
     async with opened(url, channels=[orders, events]) as publisher:
-        with subprocess.Popen(
-            [sys.executable, "-m", "tests.transports.rabbitmq_worker", url, store], stdout=subprocess.PIPE
-        ) as worker:
-            assert worker.stdout is not None
-            await asyncio.to_thread(worker.stdout.readline)
-            sending = asyncio.create_task(publish_numbers(publisher, 2000))
-            await asyncio.sleep(1.0)
-            worker.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(worker.wait)
-            handled = {tuple(line.split()) for line in worker.stdout.read().decode().splitlines()}
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.transports.rabbitmq_worker", url, store, stdout=asyncio.subprocess.PIPE
+        )
+        assert worker.stdout is not None
+        await worker.stdout.readline()
+        sending = asyncio.create_task(publish_numbers(publisher, 2000))
+        await asyncio.sleep(1.0)
+        worker.kill()
+        lines = (await worker.stdout.read()).decode().splitlines()
+        await worker.wait()
+        handled = {tuple(line.split()) for line in lines}
         await sending
         async with App(service(seen), url, store=store):
             wanted = {(kind, str(number)) for number in range(2000) for kind in ("order", "event")}
@@ -761,8 +763,6 @@ async def test_another_process_goes_on_after_kill_9_and_nothing_is_lost(url, tmp
 
 
 async def publish_numbers(transport, count):
-    from trunkline.handler import make_message  # noqa: PLC0415
-
     for number in range(count):
         made = [Order(number), Happened(f"k{number % 5}", number)]
         await transport.send([make_message(payload, system_clock, "test", None, None, None, {}) for payload in made])
