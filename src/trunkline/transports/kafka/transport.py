@@ -13,6 +13,7 @@ from typing import Any
 
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, offload
+from trunkline.errors import ConfigurationError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.kafka.cluster import Cluster
@@ -123,7 +124,13 @@ class KafkaTransport:
         return Backlog(waiting, sum(map(len, reader.held.values())))
 
     async def tidy(self) -> None:
-        """Do nothing yet."""
+        """Delete what every group of a Queue or Topic read here has handled: Kafka keeps it otherwise for ever."""
+        names = {reader.subscription.channel.name for reader in self._readers.values() if reader.deletes}
+        for name in names:
+            try:
+                await offload(self._cluster.delete_handled, name, self._partitions[name])
+            except ConfigurationError as error:
+                log.warning("handled messages of %r stay on the disk: %s", name, error)
 
     async def drain(self) -> None:
         """Stop reading; see Transport."""
