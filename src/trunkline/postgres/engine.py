@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeVar, cast
 import asyncpg
 
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, LeaseLostError, TransportError
+from trunkline.errors import ConfigurationError, LeaseLostError, StoreLostError, TransportError
 from trunkline.link import Link
 from trunkline.postgres.members import Members
 from trunkline.postgres.schema import PROCESSES, ensure_part, in_schema
-from trunkline.postgres.settings import STEADY, Settings, arguments, connect, is_lost, translate
+from trunkline.postgres.settings import DRIVER_ERRORS, STEADY, Settings, arguments, connect, is_lost, translate
 from trunkline.postgres.transaction import PostgresTransaction
 from trunkline.store import DuplicateSignal, Unit
 from trunkline.transport import Delivery
@@ -185,10 +185,10 @@ class Engine:
         await self._disconnect()
         try:
             steady = {**STEADY, "lock_timeout": LOCK_WAIT}
-            self._writer = await connect(self.settings, **steady)
+            self._writer = await connect(self.settings, self.members.sessions, **steady)
             await ensure_part(self._writer, self.settings, "process", PROCESSES)
             # A claim that a crash of the server undoes is only claimed again.
-            self._reader = await connect(self.settings, **steady, synchronous_commit="off")
+            self._reader = await connect(self.settings, self.members.sessions, **steady, synchronous_commit="off")
             new = await self.members.sign_on(self._writer)
             if not self.settings.pooled:
                 await self._reader.add_listener(f"trunkline.{self.settings.schema}", self._notified)
@@ -199,7 +199,10 @@ class Engine:
             raise translate(error, self.settings) from error
         if self._pool is None:
             self._pool = asyncpg.create_pool(
-                **arguments(self.settings, {}), min_size=0, max_size=self.settings.pool, max_inactive_connection_lifetime=60
+                **arguments(self.settings, self.members.sessions, {}),
+                min_size=0,
+                max_size=self.settings.pool,
+                max_inactive_connection_lifetime=60,
             )
             await self._pool
         for connection in (self._writer, self._reader):
@@ -208,8 +211,7 @@ class Engine:
 
     def _asked(self, new: bool) -> None:  # noqa: FBT001
         self._begin_sql = self.sql(
-            "BEGIN; UPDATE @process SET groups = {}, beat = now() WHERE id = "
-            f"{self.process} AND NOT dead"
+            f"BEGIN; UPDATE @process SET groups = {{}}, beat = now() WHERE id = {self.process} AND NOT dead"
         )
         self._fence_sql = self.sql(FENCE).replace("CHANNEL", f"trunkline.{self.settings.schema}")
         if self.ran:
@@ -287,7 +289,7 @@ class Engine:
             try:
                 async with asyncio.timeout(self.settings.timeout_s):
                     return cast("list[Any]", await connection.fetch(sql, *parameters))
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except DRIVER_ERRORS as error:
                 self._broken(error)
                 raise translate(error, self.settings) from error
 
@@ -346,7 +348,10 @@ class Engine:
         """
         if _has_order(unit):
             await self._predecessors(unit)
-        await self.link.up(self.settings.timeout_s)
+        try:
+            await self.link.up(self.settings.timeout_s)
+        except TransportError as error:
+            raise StoreLostError(error.code, error.message, error.hint) from error
         assert self._pool is not None  # noqa: S101 - made with the first connection
         try:
             connection = await self._pool.acquire(timeout=self.settings.timeout_s)
@@ -356,14 +361,14 @@ class Engine:
                 f"no connection to {self.settings.shown} became free within {self.settings.timeout_s:g} s",
                 f"all {self.settings.pool} are in open transactions: ?pool= allows more",
             ) from error
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except DRIVER_ERRORS as error:
             raise translate(error, self.settings) from error
-        transaction = PostgresTransaction(connection, self._pool)
+        transaction = PostgresTransaction(connection, self._pool, self.settings)
         try:
             await transaction.start()
         except BaseException as error:
             await transaction.abandon()
-            if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+            if isinstance(error, DRIVER_ERRORS):
                 raise translate(error, self.settings) from error
             raise
         return transaction
@@ -492,7 +497,7 @@ class Engine:
                 continue  # the store has marked which they are
             except LeaseLostError:
                 await self._sign_on_anew()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except DRIVER_ERRORS as error:
                 self._broken(error)
                 if is_lost(error):
                     continue
@@ -583,7 +588,9 @@ class Engine:
         told |= self._told
         self._told = set()
         try:
-            await connection.execute(f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT")
+            await connection.execute(
+                f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT"
+            )
         except asyncpg.PostgresError as error:
             self._in_doubt = is_lost(error)
             raise
@@ -600,7 +607,7 @@ class Engine:
             return
         try:
             await connection.execute("ROLLBACK")
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as another:
+        except DRIVER_ERRORS as another:
             self.link.lost(another)
 
     async def _sign_on_anew(self) -> None:
@@ -630,7 +637,7 @@ class Engine:
         try:
             await self.link.up(self.settings.timeout_s)
             result = await (self._run_look(job) if job.looks else self._run_in_transaction(job))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except DRIVER_ERRORS as error:
             self._broken(error)
             if not job.future.done():
                 ours = is_lost(error) or isinstance(error, (*_IN_THE_WAY, asyncpg.InsufficientResourcesError))

@@ -31,19 +31,23 @@ class Members:
     """This process among those that share the schema of `engine`.
 
     Attributes:
+        sessions: application name of all its connections, so that they can be found.
         number: of this process, never given twice. alone: whether there is no other.
         groups: how many groups it has committed, as the database says: what an unknown outcome is compared with.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._sql = lambda sql: in_schema(sql, engine.settings.schema)
         self._class = lock_number(engine.settings.schema)
         self._connected = -math.inf
         self._locked = False
+        self.sessions = f"trunkline {engine.clock.new_id()}"
         self.number = 0
         self.groups = 0
         self.alone = False
+
+    def _sql(self, text: str) -> str:
+        return in_schema(text, self._engine.settings.schema)
 
     async def sign_on(self, connection: asyncpg.Connection) -> bool:
         """Go on as this process, or begin as a new one; return whether it is a new one."""
@@ -54,7 +58,8 @@ class Members:
         if new:
             async with connection.transaction():
                 self.number = await connection.fetchval(
-                    self._sql("INSERT INTO @process (locked) VALUES ($1) RETURNING id"),
+                    self._sql("INSERT INTO @process (sessions, locked) VALUES ($1, $2) RETURNING id"),
+                    self.sessions,
                     not self._engine.settings.pooled,
                 )
                 # Before the commit: no other process can see the row and find it unlocked.
@@ -120,7 +125,15 @@ class Members:
                 log.warning("process %d of %s is gone; its messages are taken over", number, engine.settings.shown)
 
     async def _take_over(self, connection: asyncpg.Connection, number: int) -> bool:
-        # Waits for a commit of that process that is under way: FOR UPDATE, for such a commit holds FOR KEY SHARE.
+        # What it has open would hold inbox rows, and whoever handles its messages now would wait for them.
+        await connection.execute(
+            self._sql(
+                "SELECT pg_terminate_backend(a.pid) FROM @process p JOIN pg_stat_activity a ON a.application_name ="
+                " p.sessions AND a.usename = current_user WHERE p.id = $1 AND NOT p.dead"
+            ),
+            number,
+        )
+        # Waits for a commit of that process that is under way: it holds FOR KEY SHARE.
         row = await connection.fetchrow(
             self._sql("SELECT 1 FROM @process WHERE id = $1 AND NOT dead FOR UPDATE"), number
         )

@@ -312,7 +312,8 @@ class TableLeases:
         rows = await engine.fetch(
             engine.sql(
                 "SELECT (SELECT count(*) FROM @member m JOIN @process p ON p.id = m.process AND NOT p.dead"
-                " WHERE m.subscription = $1), array(SELECT partition FROM @cursor WHERE subscription = $1 AND owner = $2)"
+                " WHERE m.subscription = $1),"
+                " array(SELECT partition FROM @cursor WHERE subscription = $1 AND owner = $2)"
             ),
             self._reader.number, engine.process,
         )  # fmt: skip
