@@ -19,14 +19,14 @@ async def run_within(connection: Any, sql: str, *parameters: Any) -> None:
 
     Raises: PublishError E315 if it is of no known kind, E316 if no transaction is open; what its driver raises.
     """
-    module = type(connection).__module__
-    if module.startswith("sqlalchemy."):
+    packages = {cls.__module__.partition(".")[0] for cls in type(connection).__mro__}
+    if "sqlalchemy" in packages:
         await _within_sqlalchemy(connection, sql, parameters)
-    elif module.startswith("asyncpg."):
+    elif "asyncpg" in packages:
         if not connection.is_in_transaction():
             raise _no_transaction("async with connection.transaction():")
         await connection.execute(sql, *parameters)
-    elif module.startswith("psycopg."):
+    elif "psycopg" in packages:
         await _within_psycopg(connection, sql, parameters)
     else:
         raise _unknown(connection)
