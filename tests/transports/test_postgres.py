@@ -1,13 +1,13 @@
 """PostgreSQL as transport and store: what is special to it, against a real server."""
 
+# ruff: noqa: N803, N806 - functions give classes of messages
+
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,13 +18,8 @@ import pytest
 
 from tests import brokers
 from tests.brokers import broker_url
-from trunkline import App, Context, Queue, RetryLaterError, Service, Stream, Struct, Topic
-from trunkline.clock import system_clock
-from trunkline.errors import ConfigurationError, TransportError, TrunklineError
-from trunkline.message import Message
-from trunkline.postgres import Settings, close_engine, open_engine
-from trunkline.postgres.settings import read_settings
-from trunkline.transport import Staged, parse_address
+from trunkline import App, Context, Queue, Service, Stream, Struct, Topic
+from trunkline.errors import ConfigurationError, TransportError
 
 
 @pytest.fixture
@@ -166,7 +161,7 @@ async def test_a_schema_of_another_program_or_layout_is_left_alone(url, server):
         async with App(Service("one"), url):
             pass
         admin.execute(f"UPDATE {schema}.layout SET version = 99")
-        with pytest.raises(ConfigurationError, match="E205 schema .* has layout 99, this release reads 1"):
+        with pytest.raises(ConfigurationError, match=r"E205 schema .* has layout 99, this release reads 1"):
             await App(Service("one"), url).start()
 
 
@@ -210,7 +205,8 @@ async def test_queue_messages_are_shared_and_topics_copied(url):
         return worker
 
     async with App(service(0), another(url)) as one, App(service(1), another(url)):
-        async with App(reading("a", News, heard[0]), another(url)), App(reading("b", News, heard[1]), another(url)):
+        first, second = (App(reading(name, News, heard[n]), another(url)) for n, name in enumerate("ab"))
+        async with first, second:
             await asyncio.gather(*(one.send(Job(n)) for n in range(50)))
             await one.publish_all([News(n) for n in range(20)])
             await until(lambda: sum(map(len, done)) >= 50 and all(len(h) == 20 for h in heard))

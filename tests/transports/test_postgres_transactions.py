@@ -1,6 +1,7 @@
 """The handler's transaction in PostgreSQL, and publishing within a transaction of the user's."""
 
 import asyncio
+import contextlib
 import secrets
 from urllib.parse import urlsplit
 
@@ -129,10 +130,8 @@ async def test_a_handler_that_ends_the_transaction_behind_our_back_is_a_failure_
 
 async def test_a_statement_that_failed_fails_the_unit_though_the_handler_went_on(url, job):
     async def act(tx):
-        try:
+        with contextlib.suppress(asyncpg.UndefinedTableError):
             await tx.execute("INSERT INTO nowhere VALUES (1)")
-        except asyncpg.UndefinedTableError:
-            pass
 
     raised, letters = await outcome(url, job, act)
     assert not raised
@@ -143,7 +142,9 @@ async def test_rows_changed_and_rows_read_are_told_with_either_mark_for_paramete
     told = []
 
     async def act(tx):
-        told.append(await tx.execute("INSERT INTO effect SELECT generate_series(?::int, ?) ON CONFLICT DO NOTHING", (1, 3)))
+        told.append(
+            await tx.execute("INSERT INTO effect SELECT generate_series(?::int, ?) ON CONFLICT DO NOTHING", (1, 3))
+        )
         told.append(await tx.execute("UPDATE effect SET number = number + 10 WHERE number < $1", (3,)))
         told.append(await tx.fetch("SELECT number, '?' FROM effect WHERE number > ? ORDER BY 1", (2,)))
         told.append(await tx.execute("DELETE FROM effect"))

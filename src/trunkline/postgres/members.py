@@ -39,7 +39,7 @@ class Members:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._class = lock_number(engine.settings.schema)
-        self._connected = -math.inf
+        self._reconnected = -math.inf
         self._locked = False
         self.sessions = f"trunkline {engine.clock.new_id()}"
         self.number = 0
@@ -51,7 +51,8 @@ class Members:
 
     async def sign_on(self, connection: asyncpg.Connection) -> bool:
         """Go on as this process, or begin as a new one; return whether it is a new one."""
-        self._connected = self._engine.clock.monotonic()
+        if self.number:
+            self._reconnected = self._engine.clock.monotonic()
         self._locked = False
         self.alone = False
         new = not await self._resume(connection)
@@ -109,7 +110,7 @@ class Members:
     async def sweep(self) -> None:
         """Take over from processes that died."""
         engine = self._engine
-        settled = engine.clock.monotonic() - self._connected > SETTLE_S
+        settled = engine.clock.monotonic() - self._reconnected > SETTLE_S
         rows = await engine.fetch(
             self._sql(
                 "SELECT p.id, p.beat < now() - $2 * interval '1 second' OR ($3 AND p.locked AND NOT EXISTS"
@@ -117,7 +118,7 @@ class Members:
                 " AND l.objsubid = 2 AND l.database = (SELECT oid FROM pg_database WHERE datname ="
                 " current_database()))) FROM @process p WHERE NOT p.dead AND p.id <> $1"
             ),
-            self.number, engine.settings.lease_s, settled or not engine.ran, self._class % 2**32,
+            self.number, engine.settings.lease_s, settled, self._class % 2**32,
         )  # fmt: skip
         self.alone = not rows
         for number in [row[0] for row in rows if row[1]]:

@@ -13,29 +13,27 @@ from typing import Any, cast
 import asyncpg
 
 from trunkline.clock import Clock
-from trunkline.errors import DeadLetterError, TransportError
+from trunkline.errors import TransportError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.postgres import Engine, Stage, close_engine, open_engine
 from trunkline.postgres.joining import run_within
 from trunkline.postgres.settings import DRIVER_ERRORS, read_settings
 from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.stores.postgres.letters import Letters, lane_of, no_dead_letter
 from trunkline.stores.postgres.tables import (
-    BURY,
     CLAIM_LOOSE,
     COUNT_ATTEMPT,
     DEAD_LETTERS,
+    DUE,
     HEADS,
     KNOWN,
-    MARK,
-    PARK,
     PARKED_KEYS,
     REMEMBER,
     STAGE,
     STAGE_AND_TELL,
     TABLES,
     TAKE_CHANNELS,
-    UNMARK,
     short,
     text_of,
 )
@@ -63,6 +61,7 @@ class PostgresStore:
         self._staged_callbacks: list[Callable[[], None]] = []
         self._same = False
         self._party: tuple[Stage, ...] = ()
+        self._letters: Letters
         self._polls: list[asyncio.Task[None]] = []
         self.engine: Engine
 
@@ -71,6 +70,7 @@ class PostgresStore:
         self.engine = await open_engine(self._settings, self._clock)
         try:
             self._same = getattr(transport, "engine", None) is self.engine
+            self._letters = Letters(self.engine.sql)
             await self.engine.add_stage(self)
             # The store first: inbox rows come before anything else is written.
             self._party = (self, cast("Stage", transport)) if self._same else (self,)
@@ -176,6 +176,14 @@ class PostgresStore:
         fresh = [unit for unit in units if unit.transaction is None and not unit.duplicate]
         if fresh:
             await self._remember(connection, fresh)
+        await self._treat(connection, units)
+        outbox = [s for unit in units for s in unit.staged if s.due is not None or not self._same]
+        if outbox:
+            await self.stage(connection, outbox)
+            told.add("staged")
+
+    async def _treat(self, connection: asyncpg.Connection, units: Sequence[Unit]) -> None:
+        """Set aside what failed, forget what was parked and is done, and tries that came to an end."""
         touched: set[tuple[int, str]] = set()
         finished: list[int] = []
         attempts: list[tuple[int, str]] = []
@@ -190,14 +198,10 @@ class PostgresStore:
                     attempts.append((self._reader(delivery.subscription), _attempt_id(delivery)))
         if attempts:
             await self._forget_attempts(connection, attempts)
-        outbox = [s for unit in units for s in unit.staged if s.due is not None or not self._same]
-        if outbox:
-            await self.stage(connection, outbox)
-            told.add("staged")
         if finished:
             await connection.execute(self.engine.sql("DELETE FROM @parked WHERE seq = ANY ($1::bigint[])"), finished)
         for reader, lane in sorted(touched):
-            await self._mark_head(connection, reader, lane)
+            await self._letters.mark_head(connection, reader, lane)
 
     async def stage(self, connection: Any, outbox: Sequence[Staged]) -> None:
         """Write outbox rows on a connection of asyncpg, in its transaction."""
@@ -209,7 +213,7 @@ class PostgresStore:
         )
 
     def _touch(self, delivery: Delivery, touched: set[tuple[int, str]]) -> None:
-        lane = _lane(delivery)
+        lane = lane_of(delivery)
         if lane is not None:
             touched.add((self._reader(delivery.subscription), lane))
 
@@ -327,32 +331,11 @@ class PostgresStore:
             if not self.holds(delivery):
                 continue  # another process has it now, and decides
             self._touch(delivery, touched)
+            reader = self._reader(delivery.subscription)
             if isinstance(outcome, RetryLater):
-                await self._park(connection, delivery, self._clock.now() + outcome.after_s, outcome.reason)
+                await self._letters.park(connection, reader, delivery, self._clock.now() + outcome.after_s, outcome)
             elif isinstance(outcome, DeadLetter):
-                await self._bury(connection, delivery, outcome)
-
-    async def _park(self, connection: asyncpg.Connection, delivery: Delivery, due: float, reason: str) -> None:
-        await connection.execute(
-            self.engine.sql(PARK), self._reader(delivery.subscription), _lane(delivery), _key(delivery),
-            delivery.partition, delivery.position, due, delivery.attempt, text_of(reason), _event(delivery),
-        )  # fmt: skip
-
-    async def _bury(self, connection: asyncpg.Connection, delivery: Delivery, outcome: DeadLetter) -> None:
-        message = delivery.message
-        lane = _lane(delivery)
-        await connection.execute(
-            self.engine.sql(BURY), self._reader(delivery.subscription), delivery.subscription.channel.name, lane,
-            _key(delivery), delivery.partition, delivery.position, "" if message is None else text_of(message.id),
-            "" if message is None else text_of(message.type), outcome.code, text_of(outcome.reason),
-            text_of(outcome.detail), delivery.attempt, self._clock.now(), outcome.holds and lane is not None,
-            _event(delivery),
-        )  # fmt: skip
-
-    async def _mark_head(self, connection: asyncpg.Connection, reader: int, lane: str | None) -> None:
-        if lane is not None:
-            await connection.execute(self.engine.sql(UNMARK), reader, lane)
-            await connection.execute(self.engine.sql(MARK), reader, lane)
+                await self._letters.bury(connection, reader, delivery, self._clock.now(), outcome)
 
     # --- suspects ---
 
@@ -466,17 +449,7 @@ class PostgresStore:
 
         async def take(connection: asyncpg.Connection) -> list[Any]:
             mine = [row[0] for row in await connection.fetch(sql(TAKE_CHANNELS), process, now, names)]
-            return list(
-                await connection.fetch(
-                    sql(
-                        "SELECT seq, channel, event FROM @outbox WHERE due <= $1 AND channel = ANY ($2::text[])"
-                        " ORDER BY due, seq LIMIT $3"
-                    ),
-                    now,
-                    mine,
-                    limit,
-                )  # fmt: skip
-            )
+            return list(await connection.fetch(sql(DUE), now, mine, limit))
 
         rows = await self.engine.run(take)
         # Nothing taken although something is due: another process relays; look again soon.
@@ -530,26 +503,11 @@ class PostgresStore:
         """Give a dead letter back; see Store."""
 
         async def move(connection: asyncpg.Connection) -> None:
-            row = await self._take_dead_letter(connection, number)
-            await connection.execute(
-                self.engine.sql(PARK), row["reader"], row["lane"], row["key"], row["partition"], row["position"],
-                0.0, 0, "redriven", row["event"] if raw is None else raw,
-            )  # fmt: skip
-            await self._mark_head(connection, row["reader"], row["lane"])
+            row = await self._letters.take(connection, number)
+            await self._letters.park_again(connection, row, row["event"] if raw is None else raw)
+            self.engine.tell({"treated"})
 
         await self.engine.run(move)
-
-    async def _take_dead_letter(self, connection: asyncpg.Connection, number: int) -> Any:
-        row = await connection.fetchrow(
-            self.engine.sql(
-                "DELETE FROM @dead_letter WHERE seq = $1 RETURNING reader, lane, key, partition, position, event"
-            ),
-            number,
-        )
-        if row is None:
-            raise _no_dead_letter(number)
-        self.engine.tell({"treated"})
-        return row
 
     async def edit_dead_letter(self, number: int, raw: bytes) -> None:
         """Replace the envelope of a dead letter; see Store."""
@@ -561,7 +519,7 @@ class PostgresStore:
                 raw, text_of(message.id), text_of(message.type), number,
             )  # fmt: skip
             if status != "UPDATE 1":
-                raise _no_dead_letter(number)
+                raise no_dead_letter(number)
 
         await self.engine.run(edit)
 
@@ -569,8 +527,9 @@ class PostgresStore:
         """Remove a dead letter; see Store."""
 
         async def remove(connection: asyncpg.Connection) -> None:
-            row = await self._take_dead_letter(connection, number)
-            await self._mark_head(connection, row["reader"], row["lane"])
+            row = await self._letters.take(connection, number)
+            await self._letters.mark_head(connection, row["reader"], row["lane"])
+            self.engine.tell({"treated"})
 
         await self.engine.run(remove)
 
@@ -582,31 +541,11 @@ class PostgresStore:
         )  # fmt: skip
 
 
-def _no_dead_letter(number: int) -> DeadLetterError:
-    return DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
-
-
 def _change(unit: Unit, delivery: Delivery) -> int:
     """Return by how much the end of a unit changes what is parked or held of a key; see parking.py."""
     outcome = unit.outcome
     adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
     return int(adds) - int(delivery.row != LIVE)
-
-
-def _key(delivery: Delivery) -> str | None:
-    return None if delivery.key is None else text_of(delivery.key)
-
-
-def _lane(delivery: Delivery) -> str | None:
-    """Return the key as it stands in an index; only Streams promise order per key, so only there successors wait."""
-    return short(delivery.key) if delivery.partition >= 0 and delivery.key is not None else None
-
-
-def _event(delivery: Delivery) -> bytes:
-    if delivery.raw is not None:
-        return delivery.raw
-    assert delivery.message is not None  # noqa: S101 - one of the two is always there
-    return pack(delivery.message)
 
 
 def _attempt_id(delivery: Delivery) -> str:

@@ -102,6 +102,9 @@ SELECT DISTINCT channel, $1::integer FROM @outbox WHERE due <= $2 AND channel = 
 ON CONFLICT (channel) DO UPDATE SET owner = excluded.owner WHERE r.owner IN (0, excluded.owner)
 RETURNING channel
 """
+DUE = """
+SELECT seq, channel, event FROM @outbox WHERE due <= $1 AND channel = ANY ($2::text[]) ORDER BY due, seq LIMIT $3
+"""
 DEAD_LETTERS = """
 SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at, d.holds,
     (SELECT count(*) FROM @parked p WHERE d.holds AND p.reader = d.reader AND p.lane = d.lane), d.event

@@ -320,7 +320,7 @@ class PostgresTransport:
         return rows
 
     def alone(self, units: Sequence[Unit], told: set[str]) -> tuple[str, tuple[Any, ...], int] | None:
-        """Return the statement that alone writes `units`, its parameters, how many rows it adds; None if there is none."""
+        """Return one statement that writes `units`, its parameters and how many rows it adds, or None."""
         if any(unit.deliveries for unit in units) or self._dirty():
             return None
         rows = _Rows()
