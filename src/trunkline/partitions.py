@@ -66,6 +66,13 @@ class Watermark:
                 self._idle.set_result(None)
         return self.low != before
 
+    def give_back(self, count: int) -> None:
+        """Take back the last `count` positions handed out: nobody began with them."""
+        for _ in range(count):
+            self._done.discard(self._taken.pop())
+        if not self._taken and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
     async def idle(self) -> None:
         """Wait until everything that was handed out is finished."""
         if self._taken:
