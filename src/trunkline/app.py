@@ -300,16 +300,39 @@ class App:
     # --- publishing from outside handlers ---
 
     async def publish(
-        self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any
+        self,
+        payload: Any,
+        *,
+        to: Channel | None = None,
+        key: str | None = None,
+        within: Any = None,
+        **attributes: Any,
     ) -> str:
         """Publish one message; it is confirmed when this returns.
 
+        Args:
+            within: a database connection of yours with a transaction open: the message leaves when you commit it, and
+                never if you do not. Only a store in the same database can do that.
         Returns: the message's id.
-        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused.
+        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused;
+            ConfigurationError E250 if the store cannot join `within`.
         """
         staged = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
-        await self.transport.send((staged,))
+        if within is None:
+            await self.transport.send((staged,))
+        else:
+            await self._stage_within(within, staged)
         return staged.message.id
+
+    async def _stage_within(self, connection: Any, staged: Staged) -> None:
+        stage = getattr(self.store, "stage_within", None)
+        if stage is None:
+            raise ConfigurationError(
+                "E250",
+                f"{parse_address(self.store_url).shown} cannot publish within another connection's transaction",
+                "only a postgresql: store in the same database can",
+            )
+        await stage(connection, (staged,))
 
     async def publish_all(self, payloads: Sequence[Any]) -> list[str]:
         """Publish messages in order, as one batch; all are confirmed when this returns.
