@@ -565,6 +565,23 @@ def test_positions_rise_and_lead_back_to_their_ids(entry_id):
 
 # --- other programs ---
 
+ODD = ("1700000000000-2097151", "1700000000000-2097152", "1700000000001-0", "4398046511105-7", "99999999999999999-1")
+"""Ids of which some do not fit into a position, and then share one with others."""
+
+
+@pytest.mark.parametrize("channel", [Queue("odd"), Topic("odd"), Stream("odd", partitions=1)], ids=lambda c: c.kind)
+async def test_ids_that_other_programs_chose_are_settled_too(url, prefix, channel):
+    subscription = Subscription("a", channel)
+    key = f"{prefix}:{{odd}}:{'0' if channel.kind == 'stream' else 'log'}"
+    async with opened(url, subscription) as transport:
+        for number, entry_id in enumerate(ODD):
+            await raw(url, "XADD", key, entry_id, "e", encode(message(number)))
+        found = await receive(transport, subscription, len(ODD))
+        assert numbers(found) == list(range(len(ODD)))
+        assert len({delivery.position for delivery in found}) == len(ODD)
+        await transport.settle(found)
+        assert (await transport.backlog(subscription)).waiting == 0
+
 
 async def test_other_programs_write_events_and_plain_fields(url, prefix):
     queue = Queue("q", plain="sensor.read")
