@@ -73,6 +73,13 @@ class Wire(Client):
                 info["tls_required"] = True  # else nats-py would go on in plain where the server lets it
         await super()._process_info(info, initial_connection)
 
+    def _connect_command(self) -> bytes:
+        writer = getattr(self._transport, "_io_writer", None)
+        if self._secure and writer is not None:
+            # nats-py leaves this out, and asyncio warns of it whenever a TLS connection ends.
+            writer.transport.get_protocol()._over_ssl = True  # noqa: SLF001
+        return super()._connect_command()
+
     def send_raw(self, commands: list[bytes]) -> None:
         """Write protocol lines."""
         if self._transport is not None and self.is_connected:
