@@ -87,18 +87,12 @@ class KafkaTransport:
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Note what need not come again; it is committed within a tenth of a second."""
-        if not deliveries:
-            return
-        first = deliveries[0].subscription
-        if all(delivery.subscription is first for delivery in deliveries):
-            found = {first.label: list(deliveries)}
-        else:
-            found = {}
-            for delivery in deliveries:
-                found.setdefault(delivery.subscription.label, []).append(delivery)
-        for label, settled in found.items():
-            if (reader := self._readers.get(label)) is not None:
-                reader.settle(settled)
+        subscriptions = {delivery.subscription for delivery in deliveries}
+        for subscription in subscriptions:
+            reader = self._readers.get(subscription.label)
+            if reader is not None:
+                one = len(subscriptions) == 1
+                reader.settle(deliveries if one else [d for d in deliveries if d.subscription is subscription])
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
         """Return whether this process reads `partition`; see Transport."""
