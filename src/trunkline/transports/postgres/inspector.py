@@ -81,7 +81,7 @@ class PostgresInspector:
 
     async def open(self) -> None:
         """Connect; see Inspector."""
-        self._connection = await connect(self._settings, default_transaction_read_only="on")
+        self._connection = await connect(self._settings, "trunkline look", default_transaction_read_only="on")
 
     async def close(self) -> None:
         """Disconnect; see Inspector."""
