@@ -95,12 +95,12 @@ class App:
         Raises: DefinitionError, ConfigurationError or TransportError; then nothing was received.
         """
         self.system.check()
-        self._check_promises()
+        self.check_promises()
         if self._ended is None:
             self._ended = asyncio.get_running_loop().create_future()
-        plans = list(_plans(self.system))
+        plans = list(plans_of(self.system))
         subscriptions = [subscription for _, subscription, _ in plans]
-        channels = _channels(self.system)
+        channels = channels_of(self.system)
         if not self.store.keeps:
             for subscription in subscriptions:
                 queue = dead_letter_queue(subscription.name)
@@ -300,16 +300,39 @@ class App:
     # --- publishing from outside handlers ---
 
     async def publish(
-        self, payload: Any, *, to: Channel | None = None, key: str | None = None, **attributes: Any
+        self,
+        payload: Any,
+        *,
+        to: Channel | None = None,
+        key: str | None = None,
+        within: Any = None,
+        **attributes: Any,
     ) -> str:
         """Publish one message; it is confirmed when this returns.
 
+        Args:
+            within: a database connection of yours with a transaction open: the message leaves when you commit it, and
+                never if you do not. Only a store in the same database can do that.
         Returns: the message's id.
-        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused.
+        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused;
+            ConfigurationError E250 if the store cannot join `within`.
         """
         staged = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
-        await self.transport.send((staged,))
+        if within is None:
+            await self.transport.send((staged,))
+        else:
+            await self._stage_within(within, staged)
         return staged.message.id
+
+    async def _stage_within(self, connection: Any, staged: Staged) -> None:
+        stage = getattr(self.store, "stage_within", None)
+        if stage is None:
+            raise ConfigurationError(
+                "E250",
+                f"{parse_address(self.store_url).shown} cannot publish within another connection's transaction",
+                "only a postgresql: store in the same database can",
+            )
+        await stage(connection, (staged,))
 
     async def publish_all(self, payloads: Sequence[Any]) -> list[str]:
         """Publish messages in order, as one batch; all are confirmed when this returns.
@@ -352,7 +375,11 @@ class App:
 
     # --- checks and resources ---
 
-    def _check_promises(self) -> None:
+    def check_promises(self) -> None:
+        """Refuse what neither transport nor store can keep.
+
+        Raises: DefinitionError E116 or E117.
+        """
         capabilities = self.transport.capabilities
         for service in self.system.services:
             for handler in service.handlers:
@@ -460,7 +487,7 @@ class Running:
         await future
 
 
-def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
+def plans_of(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     """Return the subscriptions of a system with their handlers."""
     found: dict[tuple[str, str], tuple[Service, Subscription, list[Handler]]] = {}
     for service in system.services:
@@ -481,7 +508,7 @@ def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     return list(found.values())
 
 
-def _channels(system: System) -> dict[str, Channel]:
+def channels_of(system: System) -> dict[str, Channel]:
     """Return every channel that a system reads or publishes to, by name."""
     channels: dict[str, Channel] = {}
     for service in system.services:

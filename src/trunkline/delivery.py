@@ -15,7 +15,14 @@ from typing import Any
 import msgspec
 
 from trunkline.clock import Clock, offload
-from trunkline.errors import FatalStoreError, LeaseLostError, PublishError, StoreFullError, TransportError
+from trunkline.errors import (
+    FatalStoreError,
+    LeaseLostError,
+    PublishError,
+    StoreFullError,
+    StoreLostError,
+    TransportError,
+)
 from trunkline.handler import Context, Handler, make_message, results
 from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.lanes import NOTHING, Ended, Resume, new_driver
@@ -31,6 +38,9 @@ log = logging.getLogger("trunkline.delivery")
 
 MAX_CRASHES = 3
 """After so many more crashes while a message was in its handler it is set aside."""
+
+NOT_OF_THE_HANDLER = (StoreFullError, StoreLostError, FatalStoreError, LeaseLostError)
+"""What the store meets in the middle of a handler: the message is done again, and that is no failed try."""
 
 _IN_WORDS = {RetryLater: "tried again later", DeadLetter: "set aside", Discard: "dropped"}
 
@@ -206,7 +216,7 @@ class Deliverer:
             except DuplicateSignal:
                 await self._undo(unit)
                 unit.duplicate = True
-            except (StoreFullError, FatalStoreError, LeaseLostError) as error:
+            except NOT_OF_THE_HANDLER as error:
                 # Not a failure of the handler: it is done again when there is room, or by another process.
                 await self._undo(unit)
                 self._settled(unit, error)
@@ -331,7 +341,7 @@ class Deliverer:
         epoch = self.epoch
         try:
             outcome = await self._try_batch(route, unit, payloads)
-        except (StoreFullError, FatalStoreError, LeaseLostError) as error:
+        except NOT_OF_THE_HANDLER as error:
             await self._undo(unit)
             self._settled(unit, error)
             return
@@ -377,7 +387,7 @@ class Deliverer:
                 await self._store.transaction(unit)
         except DuplicateSignal:
             await self._undo(unit)
-        except (StoreFullError, FatalStoreError, LeaseLostError):
+        except NOT_OF_THE_HANDLER:
             raise
         except Exception as error:  # noqa: BLE001 - the policy decides about every failure
             await self._undo(unit)

@@ -9,6 +9,7 @@ TrunklineError
 ├── DecodeError          E4xx  bytes that are not the message they claim to be (never retried)
 ├── TransportError       E5xx  the broker or file did not answer
 │   ├── StoreFullError         no room left; nothing was stored
+│   ├── StoreLostError         the connection to the store was lost; nothing was stored
 │   ├── FatalStoreError        the disk reported a failed write or sync; the process must stop
 │   ├── TransactionError       a statement that the handler's transaction cannot take
 │   └── LeaseLostError         another process took over; the commit was refused
@@ -95,6 +96,10 @@ class TransportError(TrunklineError):
 
 class StoreFullError(TransportError):
     """There is no room left on the device. The change was refused as a whole."""
+
+
+class StoreLostError(TransportError):
+    """The connection to the store was lost in the middle of a unit of work, which is done again."""
 
 
 class FatalStoreError(TransportError):

@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeVar, cast
 import asyncpg
 
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, LeaseLostError, TransportError
-from trunkline.link import Link
+from trunkline.errors import LeaseLostError, TransportError
 from trunkline.postgres.members import Members
 from trunkline.postgres.schema import PROCESSES, ensure_part, in_schema
-from trunkline.postgres.settings import STEADY, Settings, arguments, connect, is_lost, translate
+from trunkline.postgres.sessions import Sessions
+from trunkline.postgres.settings import DRIVER_ERRORS, Settings, is_lost, translate
 from trunkline.postgres.transaction import PostgresTransaction
 from trunkline.store import DuplicateSignal, Unit
 from trunkline.transport import Delivery
@@ -31,8 +31,6 @@ GROUP_UNITS = 2000
 """Most units in one group."""
 TRIES = 3
 """How often a group is written that the server undid because others were in its way."""
-LOCK_WAIT = "5s"
-"""Longest wait of a group for a lock that somebody else's transaction holds."""
 _IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
 
 
@@ -107,7 +105,6 @@ class Engine:
     """The schema that `settings` names. One per process, URL and loop: use `open_engine`.
 
     Attributes:
-        ran: whether a connection was lost since this engine was opened.
         labels: subscriptions that Apps of this process read.
         relays: channel → the store of this process that sends its outbox.
     """
@@ -120,9 +117,11 @@ class Engine:
         self.labels: set[str] = set()
         self.relays: dict[str, Any] = {}
         self.on_failure: list[Callable[[TransportError], None]] = []
-        self.ran = False
         self.members = Members(self)
-        self.link = Link(settings.shown, clock, self._connect)
+        self.sessions = Sessions(settings, clock, self.members.sessions, made=self._made, heard=self._heard)
+        self.link = self.sessions.link
+        self.fetch = self.sessions.fetch
+        self.translate = self.sessions.translate
         self._pending: list[Entry] = []
         self._jobs: list[_Job] = []
         self._wake = asyncio.Event()
@@ -137,17 +136,13 @@ class Engine:
         self._told: set[str] = set()
         self._tasks: list[asyncio.Task[Any]] = []
         self._commit_tasks: set[asyncio.Task[None]] = set()
-        self._reading = asyncio.Lock()
-        self._writer: asyncpg.Connection | None = None
-        self._reader: asyncpg.Connection | None = None
-        self._pool: asyncpg.Pool | None = None
         self._begin_sql = self._fence_sql = ""
         self._opening: asyncio.Task[None] | None = None
 
     @property
     def writer(self) -> asyncpg.Connection | None:
         """Return the connection on which groups are written."""
-        return self._writer
+        return self.sessions.writer
 
     @property
     def process(self) -> int:
@@ -170,68 +165,23 @@ class Engine:
         await self._opening
 
     async def _open(self) -> None:
-        try:
-            await self.link.start(self.settings.timeout_s)
-        except BaseException:
-            await self._disconnect()
-            raise
+        await self.sessions.start()
         self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self.members.keep())]
 
-    async def _connect(self) -> None:
-        """Make the connections; called by Link.
-
-        Two: what is committed never waits for what is read.
-        """
-        await self._disconnect()
-        try:
-            steady = {**STEADY, "lock_timeout": LOCK_WAIT}
-            self._writer = await connect(self.settings, **steady)
-            await ensure_part(self._writer, self.settings, "process", PROCESSES)
-            # A claim that a crash of the server undoes is only claimed again.
-            self._reader = await connect(self.settings, **steady, synchronous_commit="off")
-            new = await self.members.sign_on(self._writer)
-            if not self.settings.pooled:
-                await self._reader.add_listener(f"trunkline.{self.settings.schema}", self._notified)
-        except Exception as error:
-            await self._disconnect()
-            if isinstance(error, ConfigurationError | TransportError):
-                raise
-            raise translate(error, self.settings) from error
-        if self._pool is None:
-            self._pool = asyncpg.create_pool(
-                **arguments(self.settings, {}), min_size=0, max_size=self.settings.pool, max_inactive_connection_lifetime=60
-            )
-            await self._pool
-        for connection in (self._writer, self._reader):
-            connection.add_termination_listener(self._terminated)
-        self._asked(new)
-
-    def _asked(self, new: bool) -> None:  # noqa: FBT001
+    async def _made(self, writer: asyncpg.Connection) -> None:
+        """Sign on over new connections."""
+        await ensure_part(writer, self.settings, "process", PROCESSES)
+        new = await self.members.sign_on(writer)
         self._begin_sql = self.sql(
-            "BEGIN; UPDATE @process SET groups = {}, beat = now() WHERE id = "
-            f"{self.process} AND NOT dead"
+            f"BEGIN; UPDATE @process SET groups = {{}}, beat = now() WHERE id = {self.process} AND NOT dead"  # noqa: S608
         )
-        self._fence_sql = self.sql(FENCE).replace("CHANNEL", f"trunkline.{self.settings.schema}")
-        if self.ran:
-            for stage in self.stages:
-                task = asyncio.get_running_loop().create_task(stage.reconnected(anew=new))
-                self._keep_task(task)
-        self.ran = True
+        self._fence_sql = self.sql(FENCE).replace("CHANNEL", self.sessions.channel)
+        for stage in self.stages:  # there are none at the first connection
+            self._keep_task(asyncio.get_running_loop().create_task(stage.reconnected(anew=new)))
 
     def _keep_task(self, task: asyncio.Task[None]) -> None:
         self._commit_tasks.add(task)
         task.add_done_callback(self._commit_tasks.discard)
-
-    def _terminated(self, connection: asyncpg.Connection) -> None:
-        if connection in (self._writer, self._reader):
-            self.link.lost(None)
-
-    async def _disconnect(self) -> None:
-        connections = [c for c in (self._writer, self._reader) if c is not None]
-        self._writer = self._reader = None
-        for connection in connections:
-            connection.terminate()
-        await self.clock.sleep(0)
 
     async def add_stage(self, stage: Stage) -> None:
         """Let `stage` take part in each group; makes its tables."""
@@ -258,47 +208,7 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail([], TransportError("E520", f"{self.settings.shown} is closed"))
-        await self.link.stop()
-        for connection in (self._reader, self._writer):
-            if connection is not None:
-                connection.remove_termination_listener(self._terminated)
-        if self._reader is not None and not self._reader.is_closed() and not self.settings.pooled:
-            await self._reader.remove_listener(f"trunkline.{self.settings.schema}", self._notified)
-        for connection in (self._reader, self._writer):
-            if connection is not None and not connection.is_closed():
-                await connection.close(timeout=5)
-        await self._disconnect()
-        if self._pool is not None:
-            self._pool.terminate()
-            await self.clock.sleep(0)
-
-    # --- reading, beside the groups ---
-
-    async def fetch(self, sql: str, *parameters: Any) -> list[Any]:
-        """Run a statement of its own, a query or a claim; return its rows.
-
-        Raises: TransportError.
-        """
-        await self.link.up(self.settings.timeout_s)
-        async with self._reading:
-            connection = self._reader
-            if connection is None:
-                raise TransportError("E520", f"the connection to {self.settings.shown} was lost", "it is made again")
-            try:
-                async with asyncio.timeout(self.settings.timeout_s):
-                    return cast("list[Any]", await connection.fetch(sql, *parameters))
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-                self._broken(error)
-                raise translate(error, self.settings) from error
-
-    def translate(self, error: BaseException) -> TransportError:
-        """Return what a failed statement means to whoever waits; a lost connection is made again."""
-        self._broken(error)
-        return translate(error, self.settings)
-
-    def _broken(self, error: BaseException) -> None:
-        if is_lost(error):
-            self.link.lost(error)
+        await self.sessions.close()
 
     # --- work for the next group ---
 
@@ -346,24 +256,13 @@ class Engine:
         """
         if _has_order(unit):
             await self._predecessors(unit)
-        await self.link.up(self.settings.timeout_s)
-        assert self._pool is not None  # noqa: S101 - made with the first connection
-        try:
-            connection = await self._pool.acquire(timeout=self.settings.timeout_s)
-        except TimeoutError as error:
-            raise TransportError(
-                "E516",
-                f"no connection to {self.settings.shown} became free within {self.settings.timeout_s:g} s",
-                f"all {self.settings.pool} are in open transactions: ?pool= allows more",
-            ) from error
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            raise translate(error, self.settings) from error
-        transaction = PostgresTransaction(connection, self._pool)
+        connection, pool = await self.sessions.acquire()
+        transaction = PostgresTransaction(connection, pool, self.settings)
         try:
             await transaction.start()
         except BaseException as error:
             await transaction.abandon()
-            if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+            if isinstance(error, DRIVER_ERRORS):
                 raise translate(error, self.settings) from error
             raise
         return transaction
@@ -425,12 +324,9 @@ class Engine:
         try:
             for stage in stages:
                 await stage.apply(connection, (unit,), told)
-            # The fence: it cannot be taken over until this is committed.
-            alive = await connection.fetchrow(
-                self.sql("SELECT 1 FROM @process WHERE id = $1 AND NOT dead FOR KEY SHARE"), self.process
-            )
-            if alive is None:
-                raise LeaseLostError("E505", f"process {self.process} was taken over", "its messages come again")
+            # The fence: this process cannot be taken over until this is committed.
+            sql = self.sql("SELECT 1 FROM @process WHERE id = $1 AND NOT dead FOR KEY SHARE")
+            self._check_fence("UPDATE 1" if await connection.fetchrow(sql, self.process) else "")
             if told:
                 await connection.execute(self._notify_sql(told))
             sent = True
@@ -471,6 +367,9 @@ class Engine:
                 self._writing = True
                 try:
                     await self._commit(entries)
+                except asyncio.CancelledError:
+                    self._fail(entries, TransportError("E520", f"{self.settings.shown} is closed"))
+                    raise
                 finally:
                     self._writing = False
                 if self._jobs and not self._pending:
@@ -480,20 +379,18 @@ class Engine:
         """Commit units as one group; see that one which cannot be stored fails alone."""
         tries = 0
         began = self.clock.monotonic()
-        while entries:
+        while True:
             try:
-                await self._until_up(began)
-                if not self._in_doubt or self._resolve_doubt():
-                    await self._write(entries)
-                    return
-                self._finish(entries, {"*"})
-                return
+                await self._write_once(entries, began)
             except DuplicateSignal:
                 continue  # the store has marked which they are
             except LeaseLostError:
-                await self._sign_on_anew()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-                self._broken(error)
+                self._sign_on_anew()
+            except TransportError as error:
+                self._fail(entries, error)
+                return
+            except Exception as error:  # noqa: BLE001 - something in a unit may not be storable; its neighbours are
+                self.sessions.broken(error)
                 if is_lost(error):
                     continue
                 tries += 1
@@ -503,12 +400,15 @@ class Engine:
                 if not isinstance(error, _IN_THE_WAY) or tries == TRIES:
                     await self._commit_halves(entries, error)
                     return
-            except TransportError as error:
-                self._fail(entries, error)
+            else:
                 return
-            except Exception as error:  # noqa: BLE001 - something in a unit cannot be stored; its neighbours can
-                await self._commit_halves(entries, error)
-                return
+
+    async def _write_once(self, entries: list[Entry], began: float) -> None:
+        await self._until_up(began)
+        if self._in_doubt and self._was_committed():
+            self._finish(entries, {"*"})
+        else:
+            await self._write(entries)
 
     async def _commit_halves(self, entries: list[Entry], error: Exception) -> None:
         if len(entries) > 1:
@@ -535,10 +435,10 @@ class Engine:
                 "publish it again with the same id=: receivers take it once",
             ) from error
 
-    def _resolve_doubt(self) -> bool:
-        """Return whether the group whose commit got no answer is to be written again: it was not committed."""
+    def _was_committed(self) -> bool:
+        """Return whether the group whose commit got no answer is in the database, as its count of groups says."""
         self._in_doubt = False
-        return self.members.groups <= self._groups
+        return self.members.groups > self._groups
 
     async def _write(self, entries: list[Entry]) -> None:
         told: set[str] = set()
@@ -546,12 +446,11 @@ class Engine:
         if len(by_stage) == 1 and (statement := by_stage[0][0].alone(by_stage[0][1], told)) is not None:
             await self._write_at_once(*statement, told)
         elif by_stage:
-            connection = self._writing_connection()
+            connection = self.sessions.writing()
             self._groups = self.members.groups
             status = await connection.execute(self._begin_sql.format(self._groups + 1))
             try:
-                if status != "UPDATE 1":
-                    raise LeaseLostError("E505", f"process {self.process} was taken over")
+                self._check_fence(status)
                 for stage, units in by_stage:
                     await stage.apply(connection, units, told)
             except BaseException as error:
@@ -563,7 +462,7 @@ class Engine:
 
     async def _write_at_once(self, sql: str, parameters: tuple[Any, ...], rows: int, told: set[str]) -> None:
         """Write a group that is one statement, and so a transaction by itself: one round trip instead of three."""
-        connection = self._writing_connection()
+        connection = self.sessions.writing()
         groups = self._groups = self.members.groups
         told |= self._told
         self._told = set()
@@ -575,35 +474,39 @@ class Engine:
             self._in_doubt = is_lost(error)
             raise
         self._in_doubt = False
-        if status != f"INSERT 0 {rows}":
-            raise LeaseLostError("E505", f"process {self.process} was taken over")
+        self._check_fence("UPDATE 1" if status == f"INSERT 0 {rows}" else "")
         self.members.groups = groups + 1
 
     async def _end_group(self, connection: asyncpg.Connection, told: set[str]) -> None:
         told |= self._told
         self._told = set()
         try:
-            await connection.execute(f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT")
+            await connection.execute(
+                f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT"
+            )
         except asyncpg.PostgresError as error:
             self._in_doubt = is_lost(error)
             raise
         self._in_doubt = False
         self.members.groups = self._groups + 1
 
-    def _writing_connection(self) -> asyncpg.Connection:
-        if self._writer is None:
-            raise asyncpg.InterfaceError("connection is closed")
-        return self._writer
+    def _check_fence(self, status: str) -> None:
+        """Refuse to commit for a process that was taken over.
+
+        Raises: LeaseLostError if the row of this process was not there to be changed.
+        """
+        if status != "UPDATE 1":
+            raise LeaseLostError("E505", f"process {self.process} was taken over", "it goes on under another number")
 
     async def _roll_back(self, connection: asyncpg.Connection, error: BaseException) -> None:
         if is_lost(error) or connection.is_closed():
             return
         try:
             await connection.execute("ROLLBACK")
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as another:
+        except DRIVER_ERRORS as another:
             self.link.lost(another)
 
-    async def _sign_on_anew(self) -> None:
+    def _sign_on_anew(self) -> None:
         """This process was silent for too long and was taken over: go on as a new one."""
         log.warning("process %d of %s was taken over; what it had comes again", self.process, self.settings.shown)
         self.link.lost(None)
@@ -630,13 +533,13 @@ class Engine:
         try:
             await self.link.up(self.settings.timeout_s)
             result = await (self._run_look(job) if job.looks else self._run_in_transaction(job))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            self._broken(error)
+        except DRIVER_ERRORS as error:
+            self.sessions.broken(error)
             if not job.future.done():
                 ours = is_lost(error) or isinstance(error, (*_IN_THE_WAY, asyncpg.InsufficientResourcesError))
                 job.future.set_exception(translate(error, self.settings) if ours else error)
         except LeaseLostError as error:
-            await self._sign_on_anew()
+            self._sign_on_anew()
             if not job.future.done():
                 job.future.set_exception(TransportError("E520", str(error)))
         except Exception as error:  # noqa: BLE001 - handed to whoever awaits the job
@@ -650,17 +553,16 @@ class Engine:
         self._gate.clear()
         try:
             await self._none_started.wait()
-            return await job.function(self._writing_connection())
+            return await job.function(self.sessions.writing())
         finally:
             self._gate.set()
 
     async def _run_in_transaction(self, job: _Job) -> Any:
-        connection = self._writing_connection()
+        connection = self.sessions.writing()
         groups = self.members.groups
         status = await connection.execute(self._begin_sql.format(groups + 1))
         try:
-            if status != "UPDATE 1":
-                raise LeaseLostError("E505", f"process {self.process} was taken over")
+            self._check_fence(status)
             result = await job.function(connection)
         except BaseException as error:
             await self._roll_back(connection, error)
@@ -683,7 +585,7 @@ class Engine:
 
         Words are ours or numbers, so nothing is to be escaped.
         """
-        return f"SELECT pg_notify('trunkline.{self.settings.schema}', '{self._words(told)}')"
+        return f"SELECT pg_notify('{self.sessions.channel}', '{self._words(told)}')"
 
     def _words(self, told: Collection[str]) -> str:
         words = ",".join(sorted(told))
@@ -691,8 +593,8 @@ class Engine:
             words = "*"
         return f"{self.process}:{words}"
 
-    def _notified(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
-        sender, _, words = str(payload).partition(":")
+    def _heard(self, payload: str) -> None:
+        sender, _, words = payload.partition(":")
         if sender != str(self.process):
             self._changed(set(words.split(",")))
 

@@ -31,30 +31,36 @@ class Members:
     """This process among those that share the schema of `engine`.
 
     Attributes:
+        sessions: application name of all its connections, so that they can be found.
         number: of this process, never given twice. alone: whether there is no other.
         groups: how many groups it has committed, as the database says: what an unknown outcome is compared with.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._sql = lambda sql: in_schema(sql, engine.settings.schema)
         self._class = lock_number(engine.settings.schema)
-        self._connected = -math.inf
+        self._reconnected = -math.inf
         self._locked = False
+        self.sessions = f"trunkline {engine.clock.new_id()}"
         self.number = 0
         self.groups = 0
         self.alone = False
 
+    def _sql(self, text: str) -> str:
+        return in_schema(text, self._engine.settings.schema)
+
     async def sign_on(self, connection: asyncpg.Connection) -> bool:
         """Go on as this process, or begin as a new one; return whether it is a new one."""
-        self._connected = self._engine.clock.monotonic()
+        if self.number:
+            self._reconnected = self._engine.clock.monotonic()
         self._locked = False
         self.alone = False
         new = not await self._resume(connection)
         if new:
             async with connection.transaction():
                 self.number = await connection.fetchval(
-                    self._sql("INSERT INTO @process (locked) VALUES ($1) RETURNING id"),
+                    self._sql("INSERT INTO @process (sessions, locked) VALUES ($1, $2) RETURNING id"),
+                    self.sessions,
                     not self._engine.settings.pooled,
                 )
                 # Before the commit: no other process can see the row and find it unlocked.
@@ -104,7 +110,7 @@ class Members:
     async def sweep(self) -> None:
         """Take over from processes that died."""
         engine = self._engine
-        settled = engine.clock.monotonic() - self._connected > SETTLE_S
+        settled = engine.clock.monotonic() - self._reconnected > SETTLE_S
         rows = await engine.fetch(
             self._sql(
                 "SELECT p.id, p.beat < now() - $2 * interval '1 second' OR ($3 AND p.locked AND NOT EXISTS"
@@ -112,7 +118,7 @@ class Members:
                 " AND l.objsubid = 2 AND l.database = (SELECT oid FROM pg_database WHERE datname ="
                 " current_database()))) FROM @process p WHERE NOT p.dead AND p.id <> $1"
             ),
-            self.number, engine.settings.lease_s, settled or not engine.ran, self._class % 2**32,
+            self.number, engine.settings.lease_s, settled, self._class % 2**32,
         )  # fmt: skip
         self.alone = not rows
         for number in [row[0] for row in rows if row[1]]:
@@ -120,7 +126,15 @@ class Members:
                 log.warning("process %d of %s is gone; its messages are taken over", number, engine.settings.shown)
 
     async def _take_over(self, connection: asyncpg.Connection, number: int) -> bool:
-        # Waits for a commit of that process that is under way: FOR UPDATE, for such a commit holds FOR KEY SHARE.
+        # What it has open would hold inbox rows, and whoever handles its messages now would wait for them.
+        await connection.execute(
+            self._sql(
+                "SELECT pg_terminate_backend(a.pid) FROM @process p JOIN pg_stat_activity a ON a.application_name ="
+                " p.sessions AND a.usename = current_user WHERE p.id = $1 AND NOT p.dead"
+            ),
+            number,
+        )
+        # Waits for a commit of that process that is under way: it holds FOR KEY SHARE.
         row = await connection.fetchrow(
             self._sql("SELECT 1 FROM @process WHERE id = $1 AND NOT dead FOR UPDATE"), number
         )

@@ -20,8 +20,8 @@ LAYOUT = 1
 PROCESSES = """
 CREATE TABLE @layout (part text PRIMARY KEY, version integer NOT NULL);
 CREATE TABLE @process (
-    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, groups bigint NOT NULL DEFAULT 0, locked boolean NOT NULL,
-    dead boolean NOT NULL DEFAULT false, started timestamptz NOT NULL DEFAULT now(),
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, sessions text NOT NULL, groups bigint NOT NULL DEFAULT 0,
+    locked boolean NOT NULL, dead boolean NOT NULL DEFAULT false, started timestamptz NOT NULL DEFAULT now(),
     beat timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 20);
 """
@@ -91,5 +91,3 @@ async def _is_there(connection: asyncpg.Connection, settings: Settings, part: st
             f"use the release that wrote it, or {another}",
         )
     return version is not None
-
-

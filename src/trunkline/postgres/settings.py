@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import msgspec
 
-from trunkline.errors import ConfigurationError, StoreFullError, TransportError
+from trunkline.errors import ConfigurationError, StoreFullError, StoreLostError, TransportError
 from trunkline.link import TIMEOUT_S, Options
 from trunkline.transport import Address
 
@@ -36,6 +37,10 @@ _DISCONNECTED = (
     OSError,
     TimeoutError,
 )
+DRIVER_ERRORS = (
+    asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError,
+)  # fmt: skip
+"""Whatever a statement can meet."""
 _CLOSED = re.compile("closed|released|cannot perform operation: connection", re.IGNORECASE)
 
 
@@ -136,13 +141,16 @@ STEADY = {
 """Settings of connections on which only our own statements run."""
 
 
-async def connect(settings: Settings, **server_settings: str) -> asyncpg.Connection:
+async def connect(settings: Settings, sessions: str, **server_settings: str) -> asyncpg.Connection:
     """Return a connection to the primary.
+
+    Args:
+        sessions: what the server is told as the name of the application.
 
     Raises: ConfigurationError E244 to E248; TransportError E520 if the server is not reached.
     """
     try:
-        connection = await asyncpg.connect(**arguments(settings, server_settings))
+        connection = await asyncpg.connect(**arguments(settings, sessions, server_settings))
     except Exception as error:
         raise refusal(error, settings) from error
     if connection.get_server_version().major < OLDEST_VERSION:
@@ -156,7 +164,7 @@ async def connect(settings: Settings, **server_settings: str) -> asyncpg.Connect
     return connection
 
 
-def arguments(settings: Settings, server_settings: dict[str, str]) -> dict[str, Any]:
+def arguments(settings: Settings, sessions: str, server_settings: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments of `asyncpg.connect`."""
     return {
         "host": [name for name, _ in settings.hosts],
@@ -169,7 +177,7 @@ def arguments(settings: Settings, server_settings: dict[str, str]) -> dict[str, 
         "statement_cache_size": settings.statement_cache,
         "target_session_attrs": "primary",
         # A pooler passes on no settings but the name; statements there run with the server's own.
-        "server_settings": {"application_name": "trunkline", **({} if settings.pooled else server_settings)},
+        "server_settings": {"application_name": sessions, **({} if settings.pooled else server_settings)},
     }
 
 
@@ -217,5 +225,5 @@ def translate(error: BaseException, settings: Settings) -> TransportError:
     if isinstance(error, asyncpg.DiskFullError):
         return StoreFullError("E502", f"no room left for {settings.shown}", "free disk space; nothing was stored")
     if is_lost(error):
-        return TransportError("E520", f"the connection to {settings.shown} was lost: {error}", "it is made again")
+        return StoreLostError("E520", f"the connection to {settings.shown} was lost: {error}", "it is made again")
     return TransportError("E506", f"{settings.shown} refused a statement: {error}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from trunkline.errors import TransactionError
-from trunkline.postgres.settings import is_lost
+from trunkline.postgres.settings import DRIVER_ERRORS, Settings, is_lost, translate
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -37,8 +37,9 @@ class PostgresTransaction:
         failure: of the first statement that failed: PostgreSQL takes no other after it, unless a SAVEPOINT was before.
     """
 
-    def __init__(self, connection: Any, pool: asyncpg.Pool) -> None:
+    def __init__(self, connection: Any, pool: asyncpg.Pool, settings: Settings) -> None:
         self._connection = connection
+        self._settings = settings
         self._pool = pool
         self._transaction = connection.transaction()
         self._ended = False
@@ -143,12 +144,14 @@ class PostgresTransaction:
         try:
             yield
         except Exception as error:
+            if is_lost(error):
+                raise translate(error, self._settings) from error
             if self.failure is None:
                 self.failure = error
             raise
 
     def _check_still_open(self) -> None:
-        if not self._connection.is_in_transaction():
+        if not self._is_gone() and not self._connection.is_in_transaction():
             raise TransactionError("E511", "a statement ended the whole transaction", _INSTEAD)
 
     # --- for the engine ---
@@ -158,7 +161,7 @@ class PostgresTransaction:
 
         Raises: RuntimeError, a failure of the handler, if the transaction is over.
         """
-        if not self._connection.is_closed() and not self._connection.is_in_transaction():
+        if not self._is_gone() and not self._connection.is_in_transaction():
             raise RuntimeError("the handler ended its transaction by itself, so its unit of work cannot be committed")
         return self._connection
 
@@ -168,24 +171,36 @@ class PostgresTransaction:
 
     async def close(self) -> None:
         """Give the connection back after the commit."""
+        if self._is_gone():
+            return
         try:
             await self._pool.release(self._connection, timeout=10)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except DRIVER_ERRORS as error:
             if not is_lost(error):
                 raise
 
     async def abandon(self) -> None:
         """Undo everything and give the connection back."""
         self._ended = True
+        if self._is_gone():
+            return  # what is not committed is undone with its connection
         connection = self._connection
         try:
-            if connection.is_closed() or not connection.is_in_transaction():
-                connection.terminate()  # lost, or in a state that nobody knows
-            else:
+            if connection.is_in_transaction():
                 await self._transaction.rollback()
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
-            connection.terminate()  # what is not committed is undone with its connection
+            else:
+                connection.terminate()  # in a state that nobody knows
+        except DRIVER_ERRORS:
+            if not self._is_gone():
+                connection.terminate()
         await self.close()
+
+    def _is_gone(self) -> bool:
+        """Return whether the connection was closed: then the pool has taken it back by itself."""
+        try:
+            return bool(self._connection.is_closed())
+        except asyncpg.InterfaceError:
+            return True
 
 
 def _numbered(sql: str) -> str:

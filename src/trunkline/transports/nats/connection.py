@@ -164,6 +164,13 @@ class Connection:
 
     # --- connecting ---
 
+    async def connect_once(self) -> None:
+        """Connect without trying again, to look around.
+
+        Raises: ConfigurationError E244 or E245; TransportError if no server answers.
+        """
+        await self._connect()
+
     async def _connect(self) -> None:
         self._loop = asyncio.get_running_loop()
         wire = await self._dial()
@@ -349,6 +356,14 @@ class Connection:
         """Ask for several messages; return the body and headers of each."""
         answers = await self._request(f"{self.api}.{verb}", body, many=True)
         return [(data, parse_headers(headers)) for _, data, headers in answers]
+
+    async def inquire(self, subject: str) -> tuple[bytes, bytes | None]:
+        """Ask something else than the JetStream API; return the body and headers of the first answer.
+
+        Raises: ConfigurationError E246; TransportError if there is no answer.
+        """
+        ((_, data, headers),) = await self._request(subject, None, many=False)
+        return data, headers
 
     async def write(self, subject: str, headers: bytes, body: bytes) -> int:
         """Publish one message to a stream, once; return its sequence.

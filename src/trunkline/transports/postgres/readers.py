@@ -142,7 +142,7 @@ class QueueReader(Reader):
         self.inflow.put(
             [Delivery(subscription, None, event, None, place, suspect=suspect) for place, suspect, event in fresh]
         )
-        if self.draining:
+        if self._is_draining():
             await self.drain()
         if rows:
             self._scan = rows[-1][0]
@@ -150,6 +150,10 @@ class QueueReader(Reader):
         if len(rows) < BATCH:
             self._scan = self._first
         return len(rows) == BATCH or (bool(rows) and begin != self._first)
+
+    def _is_draining(self) -> bool:
+        """Return whether it began to drain while the rows were claimed."""
+        return self.draining
 
     async def drain(self) -> None:
         """Hand out nothing more; give back what nobody has asked for."""
@@ -312,7 +316,8 @@ class TableLeases:
         rows = await engine.fetch(
             engine.sql(
                 "SELECT (SELECT count(*) FROM @member m JOIN @process p ON p.id = m.process AND NOT p.dead"
-                " WHERE m.subscription = $1), array(SELECT partition FROM @cursor WHERE subscription = $1 AND owner = $2)"
+                " WHERE m.subscription = $1),"
+                " array(SELECT partition FROM @cursor WHERE subscription = $1 AND owner = $2)"
             ),
             self._reader.number, engine.process,
         )  # fmt: skip

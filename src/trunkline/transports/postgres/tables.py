@@ -130,7 +130,8 @@ WHERE c.subscription = u.subscription AND c.partition = u.partition AND c.owner 
 """
 
 FREE_PARTITIONS = """
-SELECT partition, position, suspect FROM @cursor WHERE subscription = $1 AND owner = 0 AND partition = ANY ($2::integer[])
+SELECT partition, position, suspect FROM @cursor
+WHERE subscription = $1 AND owner = 0 AND partition = ANY ($2::integer[])
 ORDER BY array_position($2::integer[], partition) LIMIT $3 FOR UPDATE SKIP LOCKED
 """
 
@@ -141,8 +142,9 @@ UPDATE @cursor SET owner = $1, suspect = false WHERE subscription = $2 AND parti
 QUEUE_BACKLOG = "SELECT count(*), count(*) FILTER (WHERE owner <> 0) FROM @message WHERE place > $1 AND place < $2"
 
 STREAM_BACKLOG = """
-SELECT coalesce(sum(h.next - greatest(c.position, coalesce(
-    (SELECT min(l.position) FROM @log l WHERE l.channel = h.channel AND l.partition = h.partition), h.next))), 0)::bigint
+SELECT coalesce(sum(h.next - greatest(c.position, coalesce((
+    SELECT min(l.position) FROM @log l WHERE l.channel = h.channel AND l.partition = h.partition
+), h.next))), 0)::bigint
 FROM @cursor c JOIN @subscription s ON s.id = c.subscription
 JOIN @head h ON h.channel = s.channel AND h.partition = c.partition WHERE c.subscription = $1
 """

@@ -1,7 +1,8 @@
 """Queue, Topic and Stream in PostgreSQL.
 
 Invariant: what a unit sends and settles is written with the unit where the store is the same schema; only what this
-process still has is settled. Never does: inbox or dead letters (stores/postgres.py). Read next: ../../postgres/engine.py.
+process still has is settled. Never does: inbox or dead letters (stores/postgres).
+Read next: ../../postgres/engine.py.
 """
 
 from __future__ import annotations
@@ -319,7 +320,7 @@ class PostgresTransport:
         return rows
 
     def alone(self, units: Sequence[Unit], told: set[str]) -> tuple[str, tuple[Any, ...], int] | None:
-        """Return the one statement that writes `units`, its parameters and how many rows it adds; None if one cannot."""
+        """Return one statement that writes `units`, its parameters and how many rows it adds, or None."""
         if any(unit.deliveries for unit in units) or self._dirty():
             return None
         rows = _Rows()
@@ -525,4 +526,3 @@ def _resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | No
 
 def _nothing(_unit: Unit, _error: BaseException | None) -> None:
     """Nobody waits: cursors that were not written are written with the next group."""
-

@@ -7,115 +7,42 @@ Never does: channels (transports/postgres). Read next: parking.py.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import asyncpg
 
 from trunkline.clock import Clock
-from trunkline.errors import DeadLetterError, TransportError
+from trunkline.errors import TransportError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.postgres import Engine, Stage, close_engine, open_engine
-from trunkline.postgres.settings import read_settings
+from trunkline.postgres.joining import run_within
+from trunkline.postgres.settings import DRIVER_ERRORS, read_settings
 from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.stores.postgres.letters import Letters, lane_of, no_dead_letter
+from trunkline.stores.postgres.tables import (
+    CLAIM_LOOSE,
+    COUNT_ATTEMPT,
+    DEAD_LETTERS,
+    DUE,
+    HEADS,
+    KNOWN,
+    PARKED_KEYS,
+    REMEMBER,
+    STAGE,
+    STAGE_AND_TELL,
+    TABLES,
+    TAKE_CHANNELS,
+    short,
+    text_of,
+)
 from trunkline.transport import LIVE, Address, Delivery, Staged, Subscription, Transport
 
 TIDY_ROWS = 20_000
 """Most inbox rows that one statement of tidying removes."""
-LONG = 400
-"""Longest text that stands in an index as it is, in characters; an entry of an index has 2,704 bytes at most."""
 STAGED_POLL_S, CHANGE_POLL_S = 1.0, 5.0
 """How often other processes' outbox rows and treated dead letters are looked for without a notification."""
-
-_TABLES = """
-CREATE TABLE @reader (id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY, label text NOT NULL UNIQUE);
-CREATE TABLE @inbox (
-    reader integer NOT NULL, tenant text COLLATE "C" NOT NULL, id text COLLATE "C" NOT NULL, at integer NOT NULL,
-    PRIMARY KEY (reader, tenant, id)
-);
-CREATE INDEX inbox_at ON @inbox USING brin (at);
-CREATE TABLE @outbox (
-    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, due double precision NOT NULL, channel text NOT NULL,
-    event bytea NOT NULL
-);
-CREATE INDEX outbox_due ON @outbox (due, seq);
-CREATE TABLE @relay (channel text PRIMARY KEY, owner integer NOT NULL);
-CREATE TABLE @parked (
-    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, reader integer NOT NULL, lane text COLLATE "C", key text,
-    partition integer NOT NULL, position bigint NOT NULL, due double precision NOT NULL, attempt integer NOT NULL,
-    reason text NOT NULL, owner integer NOT NULL DEFAULT 0, event bytea NOT NULL, head boolean NOT NULL DEFAULT false
-);
-CREATE INDEX parked_lane ON @parked (reader, lane, position, seq);
-CREATE UNIQUE INDEX parked_head ON @parked (reader, lane) WHERE head;
-CREATE INDEX parked_head_due ON @parked (reader, due) WHERE head;
-CREATE INDEX parked_due ON @parked (reader, due) WHERE lane IS NULL;
-CREATE TABLE @dead_letter (
-    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, reader integer NOT NULL, channel text NOT NULL,
-    lane text COLLATE "C", key text, partition integer NOT NULL, position bigint NOT NULL, id text NOT NULL,
-    type text NOT NULL, code text NOT NULL, reason text NOT NULL, detail text NOT NULL, attempt integer NOT NULL,
-    at double precision NOT NULL, holds boolean NOT NULL, event bytea NOT NULL
-);
-CREATE INDEX dead_letter_lane ON @dead_letter (reader, lane) WHERE holds;
-CREATE TABLE @attempt (
-    reader integer NOT NULL, id text COLLATE "C" NOT NULL, count integer NOT NULL, PRIMARY KEY (reader, id)
-);
-"""
-
-_REMEMBER = """
-INSERT INTO @inbox (reader, tenant, id, at)
-SELECT u.reader, u.tenant, u.id, $4 FROM unnest($1::integer[], $2::text[], $3::text[]) AS u(reader, tenant, id)
-ON CONFLICT DO NOTHING
-"""
-_KNOWN = """
-SELECT u.number::integer FROM unnest($1::integer[], $2::text[], $3::text[]) WITH ORDINALITY AS u(reader, tenant, id, number)
-JOIN @inbox i ON i.reader = u.reader AND i.tenant = u.tenant AND i.id = u.id
-"""
-_PARK = """
-INSERT INTO @parked (reader, lane, key, partition, position, due, attempt, reason, event)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-"""
-_BURY = """
-INSERT INTO @dead_letter (reader, channel, lane, key, partition, position, id, type, code, reason, detail, attempt, at,
-    holds, event) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
-"""
-# Which parked message of a key may run when it is due: the first, unless a dead letter holds the key.
-_UNMARK = "UPDATE @parked SET head = false WHERE reader = $1 AND lane = $2 AND head"
-_MARK = """
-UPDATE @parked SET head = true WHERE seq = (SELECT seq FROM @parked WHERE reader = $1 AND lane = $2
-    ORDER BY position, seq LIMIT 1)
-AND NOT EXISTS (SELECT 1 FROM @dead_letter WHERE reader = $1 AND lane = $2 AND holds)
-"""
-_COUNT_ATTEMPT = """
-INSERT INTO @attempt AS a VALUES ($1, $2, 1) ON CONFLICT (reader, id) DO UPDATE SET count = a.count + 1
-RETURNING a.count
-"""
-_PARKED_KEYS = """
-SELECT key, partition, count(*) FROM @parked WHERE reader = $1 AND lane IS NOT NULL GROUP BY 1, 2
-UNION ALL
-SELECT key, partition, count(*) FROM @dead_letter WHERE reader = $1 AND holds GROUP BY 1, 2
-"""
-_HEADS = """
-SELECT seq, key, partition, position, due, attempt, event FROM @parked WHERE reader = $1 AND head ORDER BY due LIMIT $2
-"""
-_CLAIM_LOOSE = """
-UPDATE @parked SET owner = $1 WHERE seq = ANY (ARRAY(SELECT seq FROM @parked WHERE reader = $2 AND lane IS NULL
-    AND owner = 0 AND due <= $3 ORDER BY due LIMIT $4 FOR UPDATE SKIP LOCKED))
-RETURNING seq, key, partition, position, attempt, event
-"""
-_TAKE_CHANNELS = """
-INSERT INTO @relay AS r (channel, owner)
-SELECT DISTINCT channel, $1::integer FROM @outbox WHERE due <= $2 AND channel = ANY ($3::text[]) ORDER BY 1
-ON CONFLICT (channel) DO UPDATE SET owner = excluded.owner WHERE r.owner IN (0, excluded.owner)
-RETURNING channel
-"""
-_DEAD_LETTERS = """
-SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at, d.holds,
-    (SELECT count(*) FROM @parked p WHERE d.holds AND p.reader = d.reader AND p.lane = d.lane), d.event
-FROM @dead_letter d JOIN @reader r ON r.id = d.reader
-WHERE $1::text IS NULL OR r.label = $1 OR starts_with(r.label, $1 || '@') ORDER BY d.seq LIMIT $2
-"""
 
 
 class PostgresStore:
@@ -124,7 +51,7 @@ class PostgresStore:
     remembers = True
     keeps = True
     part = "store"
-    tables = _TABLES
+    tables = TABLES
 
     def __init__(self, address: Address, clock: Clock) -> None:
         self._settings = read_settings(address)
@@ -134,6 +61,7 @@ class PostgresStore:
         self._staged_callbacks: list[Callable[[], None]] = []
         self._same = False
         self._party: tuple[Stage, ...] = ()
+        self._letters: Letters
         self._polls: list[asyncio.Task[None]] = []
         self.engine: Engine
 
@@ -142,6 +70,7 @@ class PostgresStore:
         self.engine = await open_engine(self._settings, self._clock)
         try:
             self._same = getattr(transport, "engine", None) is self.engine
+            self._letters = Letters(self.engine.sql)
             await self.engine.add_stage(self)
             # The store first: inbox rows come before anything else is written.
             self._party = (self, cast("Stage", transport)) if self._same else (self,)
@@ -171,7 +100,7 @@ class PostgresStore:
         await asyncio.gather(*self._polls, return_exceptions=True)
         if self.engine.link.is_up and self in self.engine.stages:
             try:
-                await self.engine.run(lambda connection: self._give_back(connection, self.engine.process))
+                await self.engine.run(self._give_back_mine)
             except TransportError:
                 self.engine.link.lost(None)  # given back when this process is seen to be gone
         self._forget_relayed()
@@ -207,7 +136,7 @@ class PostgresStore:
         reader = self._reader(subscription)
         names = [(d.message.tenantid or "", d.message.identity) for d in deliveries if d.message is not None]
         rows = await self._fetch(
-            _KNOWN, [reader] * len(names), [_short(tenant) for tenant, _ in names], [_short(name) for _, name in names]
+            KNOWN, [reader] * len(names), [short(tenant) for tenant, _ in names], [short(name) for _, name in names]
         )
         return {names[row[0] - 1] for row in rows}
 
@@ -227,7 +156,7 @@ class PostgresStore:
             await self._remember(transaction.asyncpg, (unit,))
         except BaseException as error:
             await transaction.abandon()
-            if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+            if isinstance(error, DRIVER_ERRORS):
                 raise self.engine.translate(error) from error
             raise
         unit.transaction = transaction
@@ -247,6 +176,14 @@ class PostgresStore:
         fresh = [unit for unit in units if unit.transaction is None and not unit.duplicate]
         if fresh:
             await self._remember(connection, fresh)
+        await self._treat(connection, units)
+        outbox = [s for unit in units for s in unit.staged if s.due is not None or not self._same]
+        if outbox:
+            await self.stage(connection, outbox)
+            told.add("staged")
+
+    async def _treat(self, connection: asyncpg.Connection, units: Sequence[Unit]) -> None:
+        """Set aside what failed, forget what was parked and is done, and tries that came to an end."""
         touched: set[tuple[int, str]] = set()
         finished: list[int] = []
         attempts: list[tuple[int, str]] = []
@@ -261,29 +198,22 @@ class PostgresStore:
                     attempts.append((self._reader(delivery.subscription), _attempt_id(delivery)))
         if attempts:
             await self._forget_attempts(connection, attempts)
-        outbox = [s for unit in units for s in unit.staged if s.due is not None or not self._same]
-        if outbox:
-            await self.stage(connection, outbox)
-            told.add("staged")
         if finished:
             await connection.execute(self.engine.sql("DELETE FROM @parked WHERE seq = ANY ($1::bigint[])"), finished)
         for reader, lane in sorted(touched):
-            await self._mark_head(connection, reader, lane)
+            await self._letters.mark_head(connection, reader, lane)
 
     async def stage(self, connection: Any, outbox: Sequence[Staged]) -> None:
         """Write outbox rows on a connection of asyncpg, in its transaction."""
         await connection.execute(
-            self.engine.sql(
-                "INSERT INTO @outbox (due, channel, event) SELECT * FROM"
-                " unnest($1::double precision[], $2::text[], $3::bytea[])"
-            ),
+            self.engine.sql(STAGE),
             [staged.due or 0.0 for staged in outbox],
             [staged.channel.name for staged in outbox],
             [pack(staged.message) for staged in outbox],
         )
 
     def _touch(self, delivery: Delivery, touched: set[tuple[int, str]]) -> None:
-        lane = _lane(delivery)
+        lane = lane_of(delivery)
         if lane is not None:
             touched.add((self._reader(delivery.subscription), lane))
 
@@ -318,6 +248,23 @@ class PostgresStore:
             self._forget_relayed()
         self.changed(("*",))
 
+    async def _give_back_mine(self, connection: asyncpg.Connection) -> None:
+        """Give back what this store had taken, and not what other Apps of this process have."""
+        process = self.engine.process
+        readers = list(self._readers.values())
+        channels = [name for name, store in self.engine.relays.items() if store is self]
+        await connection.execute(
+            self.engine.sql("UPDATE @parked SET owner = 0 WHERE owner = $1 AND reader = ANY ($2::integer[])"),
+            process,
+            readers,
+        )
+        await connection.execute(
+            self.engine.sql("UPDATE @relay SET owner = 0 WHERE owner = $1 AND channel = ANY ($2::text[])"),
+            process,
+            channels,
+        )
+        self.engine.tell({"treated", "staged"})
+
     async def _give_back(self, connection: asyncpg.Connection, process: int) -> None:
         for table in ("parked", "relay"):
             await connection.execute(self.engine.sql(f"UPDATE @{table} SET owner = 0 WHERE owner = $1"), process)  # noqa: S608
@@ -342,12 +289,12 @@ class PostgresStore:
                     message = delivery.message
                     if message is not None:
                         numbers.append(readers[delivery.subscription.label])
-                        tenants.append(_short(message.tenantid or ""))
-                        names.append(_short(message.identity))
+                        tenants.append(short(message.tenantid or ""))
+                        names.append(short(message.identity))
         if not names:
             return
         status = await connection.execute(
-            self.engine.sql(_REMEMBER), numbers, tenants, names, int(self._clock.now())
+            self.engine.sql(REMEMBER), numbers, tenants, names, int(self._clock.now())
         )  # fmt: skip
         if status != f"INSERT 0 {len(names)}":
             await self._note_duplicates(units, numbers, tenants, names)
@@ -362,7 +309,7 @@ class PostgresStore:
             units[0].staged = units[0].staged if units[0].transaction is not None else ()
             return
         # On another connection, so as committed: what this group has written is not there.
-        rows = await self._fetch(_KNOWN, numbers, tenants, names)
+        rows = await self._fetch(KNOWN, numbers, tenants, names)
         identities = list(zip(numbers, tenants, names, strict=True))
         seen = {identities[row[0] - 1] for row in rows}
         place = 0
@@ -384,32 +331,11 @@ class PostgresStore:
             if not self.holds(delivery):
                 continue  # another process has it now, and decides
             self._touch(delivery, touched)
+            reader = self._reader(delivery.subscription)
             if isinstance(outcome, RetryLater):
-                await self._park(connection, delivery, self._clock.now() + outcome.after_s, outcome.reason)
+                await self._letters.park(connection, reader, delivery, self._clock.now() + outcome.after_s, outcome)
             elif isinstance(outcome, DeadLetter):
-                await self._bury(connection, delivery, outcome)
-
-    async def _park(self, connection: asyncpg.Connection, delivery: Delivery, due: float, reason: str) -> None:
-        await connection.execute(
-            self.engine.sql(_PARK), self._reader(delivery.subscription), _lane(delivery), _key(delivery),
-            delivery.partition, delivery.position, due, delivery.attempt, _text(reason), _event(delivery),
-        )  # fmt: skip
-
-    async def _bury(self, connection: asyncpg.Connection, delivery: Delivery, outcome: DeadLetter) -> None:
-        message = delivery.message
-        lane = _lane(delivery)
-        await connection.execute(
-            self.engine.sql(_BURY), self._reader(delivery.subscription), delivery.subscription.channel.name, lane,
-            _key(delivery), delivery.partition, delivery.position, "" if message is None else _text(message.id),
-            "" if message is None else _text(message.type), outcome.code, _text(outcome.reason),
-            _text(outcome.detail), delivery.attempt, self._clock.now(), outcome.holds and lane is not None,
-            _event(delivery),
-        )  # fmt: skip
-
-    async def _mark_head(self, connection: asyncpg.Connection, reader: int, lane: str | None) -> None:
-        if lane is not None:
-            await connection.execute(self.engine.sql(_UNMARK), reader, lane)
-            await connection.execute(self.engine.sql(_MARK), reader, lane)
+                await self._letters.bury(connection, reader, delivery, self._clock.now(), outcome)
 
     # --- suspects ---
 
@@ -426,7 +352,7 @@ class PostgresStore:
 
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Count one more try for each suspect; see Store."""
-        sql = self.engine.sql(_COUNT_ATTEMPT)
+        sql = self.engine.sql(COUNT_ATTEMPT)
         rows = [(self._reader(d.subscription), _attempt_id(d)) for d in deliveries]
 
         async def count(connection: asyncpg.Connection) -> list[int]:
@@ -452,7 +378,7 @@ class PostgresStore:
         reader = self._reader(subscription)
 
         async def load(connection: asyncpg.Connection) -> None:
-            rows = await connection.fetch(self.engine.sql(_PARKED_KEYS), reader)
+            rows = await connection.fetch(self.engine.sql(PARKED_KEYS), reader)
             keys: dict[str, int] = {}
             for key, partition, count in rows:
                 if owns(partition):
@@ -475,7 +401,7 @@ class PostgresStore:
         next_due: float | None = None
         size = limit + len(running) + 100
         while True:
-            rows = await self._fetch(_HEADS, reader, size)
+            rows = await self._fetch(HEADS, reader, size)
             found, next_due = [], None
             for seq, key, partition, position, due, attempt, event in rows:
                 if len(found) == limit or due > now:
@@ -499,7 +425,7 @@ class PostgresStore:
         )
         if first is None or first > now or limit <= 0:
             return [], first
-        sql, process = self.engine.sql(_CLAIM_LOOSE), self.engine.process
+        sql, process = self.engine.sql(CLAIM_LOOSE), self.engine.process
         rows = await self.engine.run(lambda connection: connection.fetch(sql, process, reader, now, limit))
         return [
             Delivery(subscription, None, event, key, position, partition, attempt, seq)
@@ -522,16 +448,8 @@ class PostgresStore:
         sql, process = self.engine.sql, self.engine.process
 
         async def take(connection: asyncpg.Connection) -> list[Any]:
-            mine = [row[0] for row in await connection.fetch(sql(_TAKE_CHANNELS), process, now, names)]
-            return list(
-                await connection.fetch(
-                    sql(
-                        "SELECT seq, channel, event FROM @outbox WHERE due <= $1 AND channel = ANY ($2::text[])"
-                        " ORDER BY due, seq LIMIT $3"
-                    ),
-                    now, mine, limit,
-                )  # fmt: skip
-            )
+            mine = [row[0] for row in await connection.fetch(sql(TAKE_CHANNELS), process, now, names)]
+            return list(await connection.fetch(sql(DUE), now, mine, limit))
 
         rows = await self.engine.run(take)
         # Nothing taken although something is due: another process relays; look again soon.
@@ -554,37 +472,42 @@ class PostgresStore:
         """Forget what was sent; see Store."""
         await self._execute("DELETE FROM @outbox WHERE seq = ANY ($1::bigint[])", list(rows))
 
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let rows wait; see Store."""
+        await self._execute("UPDATE @outbox SET due = $1 WHERE seq = ANY ($2::bigint[])", until, list(rows))
+
+    async def stage_within(self, connection: Any, staged: Sequence[Staged]) -> None:
+        """Stage messages in the transaction of a connection of the user's; they leave when it is committed.
+
+        Args:
+            connection: of asyncpg or psycopg, or an AsyncConnection or AsyncSession of SQLAlchemy on one of them.
+        Raises: PublishError E315 for any other, E316 if it has no transaction open.
+        """
+        await run_within(
+            connection,
+            self.engine.sql(STAGE_AND_TELL),
+            [item.due or 0.0 for item in staged],
+            [item.channel.name for item in staged],
+            [pack(item.message) for item in staged],
+            f"trunkline.{self._settings.schema}",
+        )
+
     # --- dead letters ---
 
     async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters; see Store."""
-        rows = await self._fetch(_DEAD_LETTERS, subscription, limit)
+        rows = await self._fetch(DEAD_LETTERS, subscription, limit)
         return [DeadLetterRow(*row) for row in rows]
 
     async def redrive(self, number: int, raw: bytes | None = None) -> None:
         """Give a dead letter back; see Store."""
 
         async def move(connection: asyncpg.Connection) -> None:
-            row = await self._take_dead_letter(connection, number)
-            await connection.execute(
-                self.engine.sql(_PARK), row["reader"], row["lane"], row["key"], row["partition"], row["position"],
-                0.0, 0, "redriven", row["event"] if raw is None else raw,
-            )  # fmt: skip
-            await self._mark_head(connection, row["reader"], row["lane"])
+            row = await self._letters.take(connection, number)
+            await self._letters.park_again(connection, row, row["event"] if raw is None else raw)
+            self.engine.tell({"treated"})
 
         await self.engine.run(move)
-
-    async def _take_dead_letter(self, connection: asyncpg.Connection, number: int) -> Any:
-        row = await connection.fetchrow(
-            self.engine.sql(
-                "DELETE FROM @dead_letter WHERE seq = $1 RETURNING reader, lane, key, partition, position, event"
-            ),
-            number,
-        )
-        if row is None:
-            raise _no_dead_letter(number)
-        self.engine.tell({"treated"})
-        return row
 
     async def edit_dead_letter(self, number: int, raw: bytes) -> None:
         """Replace the envelope of a dead letter; see Store."""
@@ -593,10 +516,10 @@ class PostgresStore:
         async def edit(connection: asyncpg.Connection) -> None:
             status = await connection.execute(
                 self.engine.sql("UPDATE @dead_letter SET event = $1, id = $2, type = $3 WHERE seq = $4"),
-                raw, _text(message.id), _text(message.type), number,
+                raw, text_of(message.id), text_of(message.type), number,
             )  # fmt: skip
             if status != "UPDATE 1":
-                raise _no_dead_letter(number)
+                raise no_dead_letter(number)
 
         await self.engine.run(edit)
 
@@ -604,8 +527,9 @@ class PostgresStore:
         """Remove a dead letter; see Store."""
 
         async def remove(connection: asyncpg.Connection) -> None:
-            row = await self._take_dead_letter(connection, number)
-            await self._mark_head(connection, row["reader"], row["lane"])
+            row = await self._letters.take(connection, number)
+            await self._letters.mark_head(connection, row["reader"], row["lane"])
+            self.engine.tell({"treated"})
 
         await self.engine.run(remove)
 
@@ -617,10 +541,6 @@ class PostgresStore:
         )  # fmt: skip
 
 
-def _no_dead_letter(number: int) -> DeadLetterError:
-    return DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
-
-
 def _change(unit: Unit, delivery: Delivery) -> int:
     """Return by how much the end of a unit changes what is parked or held of a key; see parking.py."""
     outcome = unit.outcome
@@ -628,38 +548,9 @@ def _change(unit: Unit, delivery: Delivery) -> int:
     return int(adds) - int(delivery.row != LIVE)
 
 
-def _key(delivery: Delivery) -> str | None:
-    return None if delivery.key is None else _text(delivery.key)
-
-
-def _lane(delivery: Delivery) -> str | None:
-    """Return the key as it stands in an index; only Streams promise order per key, so only there successors wait."""
-    return _short(delivery.key) if delivery.partition >= 0 and delivery.key is not None else None
-
-
-def _text(text: str) -> str:
-    """Return `text` as PostgreSQL can keep it: without zero bytes."""
-    return text.replace("\0", "␀") if "\0" in text else text
-
-
-def _short(text: str) -> str:
-    """Return `text`, or for what is too long for an index its beginning and its hash."""
-    if len(text) > LONG:
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        text = f"{text[:80]}…{digest}"
-    return _text(text)
-
-
-def _event(delivery: Delivery) -> bytes:
-    if delivery.raw is not None:
-        return delivery.raw
-    assert delivery.message is not None  # noqa: S101 - one of the two is always there
-    return pack(delivery.message)
-
-
 def _attempt_id(delivery: Delivery) -> str:
     """Return what identifies a delivery over the end of its process, on any transport."""
     message = delivery.message
     if message is None:
         return f"{delivery.partition}/{delivery.position}/{delivery.row}"
-    return _short(f"{message.tenantid or ''}\n{message.identity}")
+    return short(f"{message.tenantid or ''}\n{message.identity}")

@@ -1,0 +1,516 @@
+"""PostgreSQL as transport and store: what is special to it, against a real server."""
+
+# ruff: noqa: N803, N806 - functions give classes of messages
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import psycopg
+import pytest
+
+from tests import brokers
+from tests.brokers import broker_url
+from trunkline import App, Context, Queue, Service, Stream, Struct, Topic
+from trunkline.errors import ConfigurationError, TransportError
+
+
+@pytest.fixture
+def server() -> str:
+    return broker_url("postgres")
+
+
+@pytest.fixture
+async def url(server):
+    """The server's URL with a schema of the test's own."""
+    schema = f"t{secrets.token_hex(6)}"
+    yield f"{server}?schema={schema}"
+    connection = await asyncpg.connect(server)
+    await connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE')
+    await connection.close()
+
+
+def schema_of(url: str) -> str:
+    return urlsplit(url).query.partition("schema=")[2].partition("&")[0]
+
+
+def another(url: str) -> str:
+    """Return a URL of the same schema that this process takes for another: as another process would be."""
+    return f"{url}&timeout_s={20 + secrets.randbelow(10**9) / 10**8}"
+
+
+async def until(condition, within_s: float = 15.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def channels():
+    jobs, news, log = Queue("jobs"), Topic("news"), Stream("log", key="key", partitions=4)
+
+    @jobs.command
+    class Job(Struct):
+        number: int
+
+    @news.event
+    class News(Struct):
+        number: int
+
+    @log.event
+    class Entry(Struct):
+        key: str
+        number: int
+
+    return Job, News, Entry
+
+
+def reading(name, cls, found):
+    service = Service(name)
+
+    @service.handle
+    async def read(message: cls) -> None:
+        found.append(message)
+
+    return service
+
+
+# --- what is declared, what is asked for ---
+
+
+async def test_a_stream_with_other_partitions_is_refused(url):
+    async with App(reading("one", channels()[2], []), url):
+        pass
+    log = Stream("log", key="key", partitions=8)
+
+    @log.event(type="entry")
+    class Entry(Struct):
+        key: str
+
+    with pytest.raises(ConfigurationError, match="E207 stream 'log' with 8 partitions exists as stream with 4"):
+        await App(reading("one", Entry, []), url).start()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("?prefix=x", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
+        ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
+    ],
+)  # fmt: skip
+async def test_what_a_url_cannot_ask_for_is_refused(server, change, code):
+    with pytest.raises(ConfigurationError, match=code):
+        await App(Service("one"), server + change).start()
+
+
+async def test_a_url_without_a_database_is_refused():
+    with pytest.raises(ConfigurationError, match="E206"):
+        App(Service("one"), "postgresql://localhost")
+
+
+async def test_a_database_that_does_not_exist_is_refused_at_once(server):
+    with pytest.raises(ConfigurationError, match="E246"):
+        await App(Service("one"), urlsplit(server)._replace(path="/nowhere").geturl()).start()
+
+
+async def test_a_server_without_tls_is_told_apart_from_one_that_is_away(server):
+    with pytest.raises(ConfigurationError, match="E245"):
+        await App(Service("one"), f"{server}?sslmode=require").start()
+    with pytest.raises(TransportError, match="E520"):
+        await App(Service("one"), "postgresql://postgres@127.0.0.1:1/postgres?timeout_s=0.3").start()
+
+
+async def test_a_wrong_password_is_refused_without_telling_it():
+    right = broker_url("postgres:password")
+    wrong = right.replace("postgres:", "postgres:", 1)
+    parts = urlsplit(wrong)
+    wrong = parts._replace(netloc=f"postgres:hush-hush@{parts.hostname}:{parts.port}").geturl()
+    with pytest.raises(ConfigurationError, match="E244") as refused:
+        await App(Service("one"), wrong).start()
+    assert "hush" not in str(refused.value)
+    async with App(Service("one"), f"{right}?schema=t{secrets.token_hex(6)}"):
+        pass
+    brokers.stop("postgres:password")
+
+
+async def test_a_user_who_may_not_create_a_schema_is_told_so(server):
+    name = f"r{secrets.token_hex(6)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {name} LOGIN")
+        parts = urlsplit(server)
+        url = parts._replace(netloc=f"{name}@{parts.hostname}:{parts.port}").geturl()
+        with pytest.raises(ConfigurationError, match="E246"):
+            await App(Service("one"), f"{url}?schema={name}").start()
+        admin.execute(f"DROP ROLE {name}")
+
+
+async def test_a_schema_of_another_program_or_layout_is_left_alone(url, server):
+    schema = schema_of(url)
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE SCHEMA {schema}")
+        admin.execute(f"CREATE TABLE {schema}.invoice (id int)")
+        with pytest.raises(ConfigurationError, match="E205"):
+            await App(Service("one"), url).start()
+        admin.execute(f"DROP TABLE {schema}.invoice")
+        async with App(Service("one"), url):
+            pass
+        admin.execute(f"UPDATE {schema}.layout SET version = 99")
+        with pytest.raises(ConfigurationError, match=r"E205 schema .* has layout 99, this release reads 1"):
+            await App(Service("one"), url).start()
+
+
+async def test_processes_that_start_at_once_on_an_empty_database_all_come_up(url):
+    _, News, _ = channels()
+    found = [[] for _ in range(4)]
+    async with contextlib.AsyncExitStack() as stack:
+        apps = [App(reading(f"reader{n}", News, found[n]), another(url)) for n in range(4)]
+        await asyncio.gather(*(stack.enter_async_context(app) for app in apps))
+        await apps[0].publish(News(1))
+        await until(lambda: all(found))
+
+
+async def test_a_pooler_in_transaction_mode_is_served_without_prepared_statements(url):
+    Job, _, Entry = channels()
+    jobs, entries = [], []
+    first = App(reading("one", Job, jobs), f"{url}&statement_cache=0")
+    second = App(reading("two", Entry, entries), f"{url}&statement_cache=0")
+    async with first, second:
+        await first.send(Job(1))
+        await second.publish(Entry("a", 2))
+        await until(lambda: jobs and entries)
+
+
+# --- several processes ---
+
+
+async def test_queue_messages_are_shared_and_topics_copied(url):
+    Job, News, _ = channels()
+    done = [[], []]
+    heard = [[], []]
+
+    def service(n):
+        worker = Service("worker")
+
+        @worker.handle
+        async def work(job: Job) -> None:
+            done[n].append(job.number)
+            await asyncio.sleep(0.002)
+
+        return worker
+
+    async with App(service(0), another(url)) as one, App(service(1), another(url)):
+        first, second = (App(reading(name, News, heard[n]), another(url)) for n, name in enumerate("ab"))
+        async with first, second:
+            await asyncio.gather(*(one.send(Job(n)) for n in range(50)))
+            await one.publish_all([News(n) for n in range(20)])
+            await until(lambda: sum(map(len, done)) >= 50 and all(len(h) == 20 for h in heard))
+    assert sorted(done[0] + done[1]) == list(range(50))
+    assert sorted(n.number for n in heard[0]) == list(range(20))
+
+
+async def test_what_one_process_publishes_wakes_another(url):
+    Job, _, Entry = channels()
+    found = []
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: Job) -> None:
+        found.append(time.monotonic())
+
+    @service.handle
+    async def read(entry: Entry) -> None:
+        found.append(time.monotonic())
+
+    async with App(service, another(url)), App(Service("other"), another(url)) as other:
+        await asyncio.sleep(1.2)  # each knows of the other
+        for message in (Job(1), Entry("a", 1)):
+            found.clear()
+            began = time.monotonic()
+            await other.publish(message)
+            await until(lambda: found)
+            assert found[0] - began < 0.5
+
+
+async def test_partitions_move_to_a_process_that_joins_and_back_in_order(url):
+    _, _, Entry = channels()
+    seen: dict[str, list[int]] = {}
+    by: list[list[int]] = [[], []]
+
+    def service(n):
+        reader = Service("reader")
+
+        @reader.handle
+        async def read(entry: Entry) -> None:
+            await asyncio.sleep(0.001)
+            seen.setdefault(entry.key, []).append(entry.number)
+            by[n].append(entry.number)
+
+        return reader
+
+    sent = 0
+    async with App(service(0), another(url)) as one:
+
+        async def publish(count):
+            nonlocal sent
+            await one.publish_all([Entry(f"key {n % 16}", sent + n) for n in range(count)])
+            sent += count
+
+        await publish(200)
+        async with App(service(1), another(url)) as two:
+            for _ in range(40):
+                await publish(50)
+                await asyncio.sleep(0.05)
+            await until(lambda: sum(map(len, by)) >= sent)
+            assert by[1]
+            first, second = (app.transport._readers["reader@log"].partitions for app in (one, two))
+            assert (len(first), len(second)) == (2, 2)
+        await publish(100)
+        await until(lambda: sum(map(len, by)) >= sent)
+        assert (await one.transport.backlog(one._consumers[0].subscription)).waiting == 0
+    assert sum(map(len, by)) == sent
+    assert all(numbers == sorted(numbers) for numbers in seen.values())
+
+
+async def test_positions_have_no_gaps_and_appear_in_order_beside_slow_commits(url, server):
+    """A slow transaction must not hide what comes before from a reader that has gone past it."""
+    _, _, Entry = channels()
+    found = []
+    service = Service("writer")
+
+    async with App(reading("reader", Entry, found), another(url)), App(service, another(url)) as writer:
+        running = writer.running("writer")
+
+        async def slow(number: int) -> None:
+            async with running.unit_of_work() as ctx:
+                tx = await ctx.transaction()
+                await tx.execute("SELECT pg_sleep(0.05)")
+                ctx.publish(Entry(f"key {number % 8}", number))
+
+        async def quick(start: int) -> None:
+            for number in range(start, start + 40):
+                await writer.publish(Entry(f"key {number % 8}", number))
+
+        await asyncio.gather(*(slow(n) for n in range(20)), *(quick(1000 * n) for n in range(1, 6)))
+        await until(lambda: len(found) >= 220)
+    assert len({entry.number for entry in found}) == 220
+    with psycopg.connect(server) as connection:
+        rows = connection.execute(f"SELECT partition, position FROM {schema_of(url)}.log ORDER BY 1, 2").fetchall()
+    for partition in range(4):
+        positions = [position for number, position in rows if number == partition]
+        assert positions == list(range(1, len(positions) + 1))
+
+
+async def test_many_processes_append_to_one_stream_without_losing_or_doubling_a_position(url, server):
+    _, _, Entry = channels()
+    found = []
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(App(reading("reader", Entry, found), another(url)))
+        writers = [await stack.enter_async_context(App(Service("writer"), another(url))) for _ in range(4)]
+
+        async def write(n, app):
+            for batch in range(30):
+                await app.publish_all([Entry(f"key {k}", n * 10_000 + batch * 10 + k) for k in range(10)])
+
+        await asyncio.gather(*(write(n, app) for n, app in enumerate(writers) for _ in range(1)))
+        await until(lambda: len(found) >= 1200)
+    assert len({entry.number for entry in found}) == len(found) == 1200
+    with psycopg.connect(server) as connection:
+        rows = connection.execute(
+            f"SELECT partition, max(position), count(*) FROM {schema_of(url)}.log GROUP BY 1"
+        ).fetchall()
+    assert all(last == count for _, last, count in rows)
+
+
+# --- processes that die, servers that go ---
+
+CONSUMER = """
+import asyncio, sys
+from trunkline import App, Context, Queue, Service, Stream, Struct
+
+jobs, log = Queue("jobs"), Stream("log", key="key", partitions=4)
+
+@jobs.command
+class Job(Struct):
+    number: int
+
+@log.event
+class Entry(Struct):
+    key: str
+    number: int
+
+service = Service("worker")
+
+@service.handle
+async def work(job: Job, ctx: Context) -> None:
+    tx = await ctx.transaction()
+    await tx.execute(f"INSERT INTO {sys.argv[2]} VALUES ('job', $1)", (job.number,))
+    if job.number == 7:
+        print("stuck", flush=True)
+        await asyncio.sleep(3600)
+
+@service.handle
+async def read(entry: Entry, ctx: Context) -> None:
+    tx = await ctx.transaction()
+    await tx.execute(f"INSERT INTO {sys.argv[2]} VALUES ('entry', $1)", (entry.number,))
+
+App(service, sys.argv[1]).run()
+"""
+
+
+@pytest.fixture
+async def effects(url, server):
+    """A table of effects, with how to read it."""
+    table = f"effect_{schema_of(url)}"
+    connection = await asyncpg.connect(server)
+    await connection.execute(f"CREATE TABLE {table} (kind text, number int)")
+
+    async def read(kind=None):
+        rows = await connection.fetch(f"SELECT number FROM {table} WHERE $1::text IS NULL OR kind = $1", kind)
+        return sorted(row[0] for row in rows)
+
+    read.table = table
+    yield read
+    await connection.execute(f"DROP TABLE {table}")
+    await connection.close()
+
+
+def spawn(tmp_path: Path, url: str, table: str) -> subprocess.Popen[str]:
+    program = tmp_path / "consumer.py"
+    program.write_text(CONSUMER)
+    return subprocess.Popen([sys.executable, str(program), url, table], stdout=subprocess.PIPE, text=True)
+
+
+def working(Job, Entry, table, seen):
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: Job, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute(f"INSERT INTO {table} VALUES ('job', $1)", (job.number,))
+        seen.append(job.number)
+
+    @service.handle
+    async def read(entry: Entry, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute(f"INSERT INTO {table} VALUES ('entry', $1)", (entry.number,))
+
+    return service
+
+
+async def test_what_a_killed_process_had_is_handled_by_another_at_once(url, effects, tmp_path):
+    Job, _, Entry = channels()
+    seen = []
+    process = spawn(tmp_path, url, effects.table)
+    try:
+        async with App(Service("publisher"), another(url)) as publisher:
+            await publisher.publish_all([Job(n) for n in range(50)])
+            await publisher.publish_all([Entry(f"key {n}", n) for n in range(50)])
+            assert await asyncio.to_thread(process.stdout.readline) == "stuck\n"
+            await asyncio.sleep(0.3)
+            process.kill()
+            process.wait()
+            began = time.monotonic()
+            async with App(working(Job, Entry, effects.table, seen), another(url)):
+                async with asyncio.timeout(15):
+                    while await effects("job") != list(range(50)) or await effects("entry") != list(range(50)):
+                        await asyncio.sleep(0.02)
+            assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert 7 in seen
+
+
+async def test_a_process_that_was_silent_for_a_lease_commits_nothing_of_what_others_took(url, effects, tmp_path):
+    Job, _, Entry = channels()
+    seen = []
+    process = spawn(tmp_path, f"{url}&lease_s=2", effects.table)
+    try:
+        async with App(Service("publisher"), another(f"{url}&lease_s=2")) as publisher:
+            await publisher.publish_all([Job(n) for n in range(10)])
+            assert await asyncio.to_thread(process.stdout.readline) == "stuck\n"
+            process.send_signal(signal.SIGSTOP)
+            async with App(working(Job, Entry, effects.table, seen), another(f"{url}&lease_s=2")):
+                await until(lambda: 7 in seen, 20)
+                process.send_signal(signal.SIGCONT)
+                await publisher.publish_all([Job(n) for n in range(10, 60)])
+                async with asyncio.timeout(15):
+                    while await effects("job") != list(range(60)):
+                        await asyncio.sleep(0.02)
+                await asyncio.sleep(1.5)
+                assert await effects("job") == list(range(60))
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(effects_on_own_server):
+    url, table, read = effects_on_own_server
+    Job, _, Entry = channels()
+    confirmed: list[int] = []
+    unknown: list[int] = []
+    seen = []
+    going = True
+
+    async with App(working(Job, Entry, table, seen), url) as app, App(Service("publisher"), another(url)) as publisher:
+
+        async def publish(start: int) -> None:
+            number = start
+            while going:
+                message = Job(number) if number % 2 else Entry(f"key {number % 13}", number)
+                try:
+                    await publisher.publish(message)
+                except TransportError as error:
+                    assert error.code in ("E520", "E521")  # noqa: PT017
+                    unknown.append(number)
+                else:
+                    confirmed.append(number)
+                number += 1
+
+        tasks = [asyncio.create_task(publish(n * 100_000)) for n in range(1, 5)]
+        for act in ("kill", "restart", "kill"):
+            await asyncio.sleep(1)
+            if act == "kill":
+                await asyncio.to_thread(brokers.kill, "postgres@own")
+                await asyncio.to_thread(brokers.resume, "postgres@own")
+            else:
+                await asyncio.to_thread(brokers.restart, "postgres@own")
+            before = len(confirmed)
+            await until(lambda b=before: len(confirmed) > b + 20, 30)
+        going = False
+        await asyncio.gather(*tasks)
+        async with asyncio.timeout(40):
+            while not set(confirmed) <= set(await read()):
+                await asyncio.sleep(0.1)
+        found = await read()
+        del app
+    assert len(found) == len(set(found))
+    assert set(found) - set(confirmed) <= set(unknown)
+    assert len(confirmed) > 100
+
+
+@pytest.fixture
+async def effects_on_own_server():
+    server = broker_url("postgres@own")
+    connection = await asyncpg.connect(server)
+    await connection.execute("DROP TABLE IF EXISTS effect; CREATE TABLE effect (kind text, number int)")
+    await connection.close()
+
+    async def read():
+        connection = await asyncpg.connect(server)
+        try:
+            return sorted(row[0] for row in await connection.fetch("SELECT number FROM effect"))
+        finally:
+            await connection.close()
+
+    yield f"{server}?schema=t{secrets.token_hex(6)}", "effect", read
+    brokers.stop("postgres@own", wipe=True)
