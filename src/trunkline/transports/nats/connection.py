@@ -349,7 +349,7 @@ class Connection:
         """
         ((_, data, headers),) = await self._request(f"{self.api}.{verb}", body, many=False)
         if headers is not None and headers.startswith(b"NATS/1.0 503"):
-            raise ApiError("E523", f"{self.shown}: nobody answers {verb}", "check JetStream", err_code=503)
+            raise ApiError("E522", f"{self.shown}: nobody answers {verb}", "check JetStream", err_code=503)
         return self._checked(verb, data)
 
     async def ask_many(self, verb: str, body: object) -> list[tuple[bytes, Mapping[str, str]]]:
@@ -372,7 +372,7 @@ class Connection:
         """
         ((_, data, status),) = await self._request(subject, body, many=False, headers=headers)
         if status is not None and status.startswith(b"NATS/1.0 503"):
-            raise ApiError("E523", f"{self.shown}: nobody keeps {subject}", "check JetStream", err_code=503)
+            raise ApiError("E522", f"{self.shown}: nobody keeps {subject}", "check JetStream", err_code=503)
         return int(self._checked(subject, data)["seq"])
 
     def _checked(self, verb: str, data: bytes) -> dict[str, Any]:
@@ -380,7 +380,7 @@ class Connection:
         error = answer.get("error")
         if error is not None:
             raise ApiError(
-                "E523", f"{self.shown} refuses {verb}: {error.get('description')}", "see the server's log",
+                "E522", f"{self.shown} refuses {verb}: {error.get('description')}", "see the server's log",
                 err_code=error.get("err_code", 0),
             )  # fmt: skip
         return answer

@@ -106,7 +106,7 @@ class BucketLeases:
             return msgspec.json.decode(body, type=Record)
         except msgspec.DecodeError as error:
             raise TransportError(
-                "E523", f"record {self._root}.{name} cannot be read: {error}", "another program wrote it: remove it"
+                "E522", f"record {self._root}.{name} cannot be read: {error}", "another program wrote it: remove it"
             ) from error
 
     async def _write(self, partition: int, record: Record) -> None:
