@@ -20,7 +20,6 @@ from typing import (
     is_typeddict,
     overload,
 )
-from zlib import crc32
 
 import msgspec
 
@@ -327,11 +326,6 @@ class Stream(_EventChannel):
             raise DefinitionError("E120", f"stream {name!r} with {partitions} partitions", "1 to 1024 are possible")
         self.partitions = partitions
         self.retention_s = retention_s
-
-
-def partition_of(message: Message, partitions: int) -> int:
-    """Return in which partition of a Stream a message belongs: the same for each key, any without a key."""
-    return crc32((message.partitionkey or message.id).encode()) % partitions
 
 
 def check_name(what: str, name: str) -> None:
