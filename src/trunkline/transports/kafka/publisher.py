@@ -15,9 +15,10 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from trunkline import wire
-from trunkline.channel import Stream, partition_of
+from trunkline.channel import Stream
 from trunkline.clock import WorkerThread
 from trunkline.errors import PublishError, TransportError, TrunklineError
+from trunkline.message import partition_of
 from trunkline.transport import Staged
 from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, ClusterState, Settings, client_log, describe, failure
 

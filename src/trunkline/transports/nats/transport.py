@@ -10,10 +10,11 @@ import asyncio
 import re
 from collections.abc import Awaitable, Iterable, Sequence
 
-from trunkline.channel import Channel, Stream, partition_of
+from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError
 from trunkline.link import TIMEOUT_S, Options
+from trunkline.message import partition_of
 from trunkline.partitions import LEASE_S
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.nats.connection import Connection

@@ -16,10 +16,10 @@ from typing import Any
 
 import asyncpg
 
-from trunkline.channel import Channel, Queue, Stream, partition_of
+from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
-from trunkline.message import pack
+from trunkline.message import pack, partition_of
 from trunkline.postgres import Engine, close_engine, open_engine
 from trunkline.postgres.settings import read_settings
 from trunkline.store import Unit

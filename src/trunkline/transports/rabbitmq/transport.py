@@ -14,10 +14,11 @@ import re
 import ssl
 from collections.abc import Awaitable, Iterable, Sequence
 
-from trunkline.channel import Channel, Queue, Stream, partition_of
+from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Link, Options
+from trunkline.message import partition_of
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.rabbitmq.client import (
     ACCESS_REFUSED,
