@@ -4,18 +4,25 @@
 PYTHON_BIN := .venv/bin
 FAST_TESTS := $(wildcard tests/unit tests/docs tests/structure)
 TEST_WORKERS ?= 2
+BROKERS ?= rabbitmq redis nats postgres kafka
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench lock build clean
+.PHONY: help setup demo brokers brokers-stop test check lint bench lock build clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## create or update .venv
 	@scripts/setup.sh
 
 demo: setup ## the shop on real orders (ORDERS=… how many, KEEP=1 leaves the page up)
 	@$(PYTHON_BIN)/python -m examples.shop.demo
+
+brokers: setup ## install and start RabbitMQ, Redis, NATS, PostgreSQL and Kafka on loopback, for the tests
+	@$(PYTHON_BIN)/python -m scripts.brokers start $(BROKERS)
+
+brokers-stop: ## stop them; their data stays in build/brokers
+	@$(or $(wildcard $(PYTHON_BIN)/python),python3) -m scripts.brokers stop
 
 lint: setup
 	$(PYTHON_BIN)/ruff format --check .
@@ -26,7 +33,7 @@ lint: setup
 check: lint ## style, types, imports and the fast tests; needs no servers
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS)
 
-test: lint ## everything: style, types, imports and all tests
+test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
 
 bench: setup ## all benchmarks, or one suite (SUITE=embedded)
@@ -41,7 +48,7 @@ lock: setup ## renew requirements.lock (UPGRADE=1 takes newer versions)
 build: setup ## the wheel, in dist/
 	$(PYTHON_BIN)/uv build --wheel --no-build-isolation --python $(PYTHON_BIN)/python --out-dir dist
 
-clean: ## remove everything that was made
+clean: $(if $(wildcard build/brokers),brokers-stop) ## remove everything that was made
 	rm -rf .venv .bootstrap dist build .coverage .coverage.* htmlcov \
 		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

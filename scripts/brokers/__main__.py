@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from scripts.brokers.errors import BrokerError
+from scripts.brokers.errors import BrokerError, MissingError
 from scripts.brokers.lifecycle import KINDS, Brokers, Name
 
+MISSING = 3
 ROOT = Path(__file__).resolve().parents[2]
 EPILOG = """
 A name is kind[nodes][:variant,...][@label]; each name is a server of its own, with its own ports and data:
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 1 if a broker failed, 2 if it was asked for wrongly."""
+    """Run one command and return its exit status: 1 a broker failed, 2 wrong use, 3 something is not installed."""
     options = parser().parse_args(argv)
     brokers = Brokers(options.folder)
     try:
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(options, brokers)
     except BrokerError as error:
         print(f"brokers: {error}", file=sys.stderr)
-        return 1
+        return MISSING if isinstance(error, MissingError) else 1
     return 0
 
 

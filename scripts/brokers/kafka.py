@@ -73,10 +73,10 @@ class Kafka(Kind):
         """ApiVersions, then Metadata must list this node among the live ones."""
         del broker
         with connect(node.ports["internal"]) as peer:
-            peer.sendall(_request(API_VERSIONS, 0, b""))
-            _response(peer)
-            peer.sendall(_request(METADATA, 1, struct.pack(">i", 0)))  # 0 topics
-            return node.number in _live_nodes(_response(peer))
+            peer.sendall(request(API_VERSIONS, 0, b""))
+            response(peer)
+            peer.sendall(request(METADATA, 1, struct.pack(">i", 0)))  # 0 topics
+            return node.number in _live_nodes(response(peer))
 
 
 def _properties(broker: Broker, node: Node) -> list[str]:
@@ -120,13 +120,13 @@ def _properties(broker: Broker, node: Node) -> list[str]:
     return [f"{key}={value}" for key, value in properties.items()]
 
 
-def _request(api: int, version: int, body: bytes) -> bytes:
+def request(api: int, version: int, body: bytes) -> bytes:
     """Frame a request with header version 1: api, version, correlation, client."""
     message = struct.pack(">hhih", api, version, 1, len(USER)) + USER.encode() + body
     return struct.pack(">i", len(message)) + message
 
 
-def _response(peer: socket.socket) -> bytes:
+def response(peer: socket.socket) -> bytes:
     """Return the body of the next response, without its correlation number."""
     (size,) = struct.unpack(">i", receive(peer, 4))
     return receive(peer, size)[4:]

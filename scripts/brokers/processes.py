@@ -43,7 +43,9 @@ def birth(pid: int) -> str | None:
             fields = PROC.joinpath(str(pid), "stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return None if fields[0] in "ZX" else fields[19]  # proc(5): state, start time in ticks
+        state, threads, started = fields[0], int(fields[17]), fields[19]  # as in proc(5)
+        # A zombie with threads left still holds its ports and locks.
+        return None if state == "X" or (state == "Z" and threads <= 1) else started
     listed = _ps("-o", "stat=,lstart=", "-p", str(pid)).strip()
     return None if not listed or listed.startswith("Z") else listed.partition(" ")[2].strip()
 
