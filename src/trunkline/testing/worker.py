@@ -40,7 +40,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         table: where effects are written in the message's transaction; empty writes them into the journal.
         work_s: how long a handler takes before its effect.
         stall: where a consumer stands still for good, having printed `stalled`: in the `handler` before its effect, or
-            at the first `settle`, with its effects stored.
+            at the first `settle` or `send`, with its effects stored.
+        forward: a channel to which a consumer publishes each message again.
         fail_every: a handler fails once for each message whose number is divisible by this; 0 never.
         keys: how many keys a publisher uses, each one message after the other.
         count: messages of each key; 0 publishes until it is stopped.
@@ -56,7 +57,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     name: str
     table: str = ""
     work_s: float = 0.0
-    stall: Literal["", "handler", "settle"] = ""
+    stall: Literal["", "handler", "settle", "send"] = ""
+    forward: Spec | None = None
     fail_every: int = 0
     concurrency: int = 64
     start: Literal["earliest", "latest"] = "earliest"
@@ -126,6 +128,11 @@ class Consumer:
             "retry": Retry(immediate=0, delays_s=(0.05, 0.2, 1.0), jitter=0),
             "concurrency": plan.concurrency,
         }
+        self.forward = None if plan.forward is None else Line(plan.forward)
+        if self.forward is not None:
+            options["publishes"] = (self.forward.type,)
+        if plan.store == "none:":
+            options["after_dead_letter"] = "continue"  # nothing could hold the others back
         for spec in plan.lines:
             self._add_handler(Line(spec), {**options, **({"start": plan.start} if spec.kind == "stream" else {})})
 
@@ -152,6 +159,8 @@ class Consumer:
         if plan.fail_every and message.seq % plan.fail_every == 0 and identity not in self._failed:
             self._failed.add(identity)
             raise RuntimeError("this handler fails once")
+        if self.forward is not None:
+            ctx.publish(self.forward.message(message.seq, message.key, producer=message.producer))
         if self.table is not None:
             tx = await ctx.transaction()
             await self.table.add(tx, message.producer, key, message.seq, os.getpid())
@@ -228,13 +237,13 @@ def add_looks(work: Consumer | Publisher, plan: Plan) -> None:
     @work.service.background
     async def look(running: Running) -> None:
         app = running.app
-        if plan.stall == "settle":
+        if plan.stall in {"settle", "send"}:
 
-            async def settle(_deliveries: object) -> None:
+            async def stand_still(_messages: object) -> None:
                 say("stalled")
                 await asyncio.Event().wait()
 
-            app.transport.settle = settle  # type: ignore[method-assign, assignment]
+            setattr(app.transport, plan.stall, stand_still)
         say("ready")
         encode = msgspec.json.encode
         with Path(f"{plan.journal}.looks").open("ab", buffering=0) as file:  # noqa: ASYNC230 - a process of a test

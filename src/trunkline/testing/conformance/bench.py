@@ -164,7 +164,7 @@ class Bench:
         self._lines: list[Line] = []
         self._apps: list[App] = []
         self._workers: list[Worker] = []
-        self._proxies: list[Proxy] = []
+        self.proxies: list[Proxy] = []
         self._graves: dict[str, list[Message]] = {}
 
     def _isolated(self, url: str) -> str:
@@ -213,6 +213,8 @@ class Bench:
 
     def reader(self, *lines: Line, act: Act | None = None, name: str = "reader", **options: Any) -> Reader:
         """Return a service that reads `lines`; `options` as for `Service.handle`."""
+        if not self.keeps and any(line.spec.kind == "stream" for line in lines):
+            options.setdefault("after_dead_letter", "continue")  # nothing could hold the others back
         return Reader(lines, act, name, options)
 
     # --- Apps ---
@@ -293,6 +295,19 @@ class Bench:
             await process.line("ready", DEADLINE_S * self.slow)
         return worker
 
+    async def again(self, worker: Worker) -> Worker:
+        """Start a worker that ended once more: the same plan and journal."""
+        log = self.folder / f"{self.tag}-{len(self._workers) + 1}.log"
+        arguments = [msgspec.json.encode(worker.plan).decode()]
+        made = Worker(worker.plan, Process("trunkline.testing.worker", arguments, log))
+        self._workers.append(made)
+        await made.process.line("ready", DEADLINE_S * self.slow)
+        return made
+
+    async def effects_in(self, table: str) -> list[Entry]:
+        """Return the effects in another table of the store, in the order in which they were committed."""
+        return await EffectTable(self.store_url, table).read()
+
     async def effects(self) -> list[Entry]:
         """Return the effects of all workers, in the order in which they were committed."""
         if self.table is not None:
@@ -325,11 +340,18 @@ class Bench:
 
     async def verdict(self, *, ordered: bool) -> Verdict:
         """Return what the ledger says of publishers and effects, having seen everything confirmed have its effect."""
+        return await self._verdict(lambda _key: ordered)
+
+    async def verdict_by_channel(self, ordered: set[str]) -> Verdict:
+        """Return the same; only the keys of the channels `ordered` must be in order."""
+        return await self._verdict(lambda key: key.partition("/")[0] in ordered)
+
+    async def _verdict(self, ordered: Callable[[str], bool]) -> Verdict:
         effects = await self.effects()
         if not self.remembers:
             seen: set[Entry] = set()
             effects = [one for one in effects if not (one in seen or seen.add(one))]  # type: ignore[func-returns-value]
-        return check(self.published(), effects, drained=True, ordered=lambda _key: ordered)
+        return check(self.published(), effects, drained=True, ordered=ordered)
 
     # --- the network and the broker ---
 
@@ -337,7 +359,7 @@ class Bench:
         """Return a proxy before the broker, and the URL that leads through it."""
         (name, port), *_ = parse_address(self.url).hosts
         proxy = Proxy(name, port or PORTS[self.scheme], seed=self.draws.randrange(1_000_000))
-        self._proxies.append(proxy)
+        self.proxies.append(proxy)
         await proxy.start()
         return proxy, proxy.url(self.url)
 
@@ -406,7 +428,7 @@ class Bench:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(30 * self.slow):
                     await app.stop()
-        for proxy in self._proxies:
+        for proxy in self.proxies:
             await proxy.stop()
 
 
