@@ -15,7 +15,7 @@ help: ## list the targets
 setup: ## create or update .venv
 	@scripts/setup.sh
 
-demo: setup ## the shop on real orders (ORDERS=… how many, KEEP=1 leaves the page up)
+demo: setup ## the shop on real orders (ORDERS=… how many, KEEP=1 leaves the page up, TRANSPORT=kafka|rabbitmq|nats|redis|postgres, RESTART=1)
 	@$(PYTHON_BIN)/python -m examples.shop.demo
 
 brokers: setup ## install and start RabbitMQ, Redis, NATS, PostgreSQL and Kafka on loopback, for the tests

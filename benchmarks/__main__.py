@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import embedded, plot, report
+from benchmarks import brokers, embedded, plot, report
 from benchmarks.cases import Case
 from benchmarks.machine import machine_facts, versions
 from benchmarks.runner import WORK, Runner
 
-SUITES = {"embedded": embedded}
+SUITES = {"brokers": brokers, "embedded": embedded}
 console = Console()
 
 
@@ -75,8 +75,6 @@ def _measure(suite: str, cases: list[Case], options: argparse.Namespace) -> list
                 results += [row.read(samples) for row in case.rows]
         finally:
             runner.close()
-    for reason in SUITES[suite].absent() if embedded.SIDE_BY_SIDE in cases else ():
-        console.print(f"[yellow]not run:[/] {reason}")
     known = versions()
     return [{**result, "machine": facts, "versions": known} for result in results]
 

@@ -5,14 +5,12 @@ Read next: contestants/embedded.py and contestants/handwritten.py.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 from benchmarks.cases import Case, Contestant, Goal, Row
 
 KINDS = ("stream", "queue", "topic")
-BROKERS = {"Redis Streams": "redis-server", "RabbitMQ": "rabbitmq-server", "JetStream": "nats-server"}
 
 FLOOR = Contestant("msgspec + direct step", "floors:direct_step")
 TASKS = Contestant("a task per message", "floors:task_per_message", options={"suspend": False})
@@ -124,7 +122,7 @@ SIDE_BY_SIDE = Case(
     (Contestant("Trunkline stream", "embedded:one_process", options={"kind": "stream"}), *PEERS),
     tuple(
         Row("durable, end to end", "per_s", "/s", "Trunkline stream", name, Goal(1, of="ratio"))
-        for name in (*(peer.name for peer in PEERS), *BROKERS)
+        for name in (peer.name for peer in PEERS)
     ),
     messages=50_000,
     quick=5_000,
@@ -189,13 +187,3 @@ CASES = (
     MEMORY, SUSPENDING, ONE_PROCESS, TWO_PROCESSES, ONE_AT_A_TIME, HANDLER, SIDE_BY_SIDE, BESIDE, WORKING_OFF,
     AFTER_KILL, IMPORTS,
 )  # fmt: skip
-
-
-def absent() -> list[str]:
-    """Return the brokers of the side-by-side case that do not take part, and why."""
-    return [
-        f"{name}: {program} is installed, its contestant comes with its transport"
-        if shutil.which(program)
-        else f"{name}: {program} is not installed"
-        for name, program in BROKERS.items()
-    ]

@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "bench-venv"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
-NAMED = ("asyncpg", "faststream", "huey", "litequeue", "persist-queue")
+NAMED = (
+    "aiormq", "asyncpg", "confluent-kafka", "faststream", "huey", "litequeue", "nats-py", "persist-queue", "redis",
+)  # fmt: skip
 
 
 class PeersError(Exception):

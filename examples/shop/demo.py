@@ -1,9 +1,10 @@
 """`make demo`: real orders through the whole shop, `kill -9` in the middle, then the audit.
 
-Each service is its own process on one SQLite file; Stripe, Twilio and the mail server are stand-ins
-on loopback. The orders are placed over REST, as a customer's browser does.
+Each service is its own process; their tables are in one SQLite file, which also carries the messages unless a broker
+does. Stripe, Twilio and the mail server are stand-ins on loopback. The orders are placed over REST, as a customer's
+browser does.
 Invariant: the exit code is 0 only if every check of the audit holds.
-Read next: processes.py, audit.py.
+Read next: broker.py, processes.py, audit.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from examples.shop.audit import PLACED, AuditError, audit
+from examples.shop.broker import EMBEDDED, LOCAL, Broker
 from examples.shop.folder import claimed
 from examples.shop.order import NewOrder
 from examples.shop.orders import Purchase, read_purchases
@@ -135,8 +137,16 @@ class Book:
 class Demo:
     """One run: the processes, the customers and what they see."""
 
-    def __init__(self, shop: Processes, purchases: list[Purchase], console: Console) -> None:
+    def __init__(
+        self, shop: Processes, purchases: list[Purchase], console: Console, restart: Broker | None = None
+    ) -> None:
+        """Take what runs.
+
+        Args:
+            restart: the broker to restart in the middle, instead of killing services.
+        """
         self.shop = shop
+        self._restart = restart
         self.purchases = purchases
         self.console = console
         self.figures = Figures(len(purchases))
@@ -255,6 +265,11 @@ class Demo:
             return enough or figures.placed == figures.wanted
 
         await self._wait(amid_payments)
+        if self._restart is not None:
+            self.say(f"[red]the broker is restarted[/] ({figures.under_way} orders under way)")
+            await self._restart.restart()
+            self.say("[green]the broker answers again[/]")
+            return
         self._kill("payment", "inventory")
         # Nothing can end now, so the orders pile up until the customers wait.
         await self._wait(self._customers_wait)
@@ -369,8 +384,10 @@ def main(arguments: list[str]) -> int:
     # As Ctrl-C: what was started is stopped. Not by raising SIGINT, which is ignored in a background job.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with claimed(options.folder) as lock, Processes(options.folder, lock=lock) as shop:
-            return _run(shop, options, console)
+        with claimed(options.folder) as lock:
+            broker = Broker(options.transport, options.folder)
+            with Processes(options.folder, lock=lock, transport=broker.start()) as shop:
+                return _run(shop, broker, options, console)
     except* (DemoError, AuditError, apsw.Error, sqlite3.Error) as errors:
         for error in _leaves(errors):
             console.print(f"The demo failed: {error}", style="bold red", markup=False, soft_wrap=True)
@@ -379,7 +396,7 @@ def main(arguments: list[str]) -> int:
     return 1
 
 
-def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
+def _run(shop: Processes, broker: Broker, options: argparse.Namespace, console: Console) -> int:
     purchases = list(read_purchases(options.orders))
     if len(purchases) < options.orders:
         console.print(
@@ -389,11 +406,11 @@ def _run(shop: Processes, options: argparse.Namespace, console: Console) -> int:
         )
     console.print(
         f"[bold]The shop[/]: {len(purchases):,} real orders through four services, each its own process,"
-        f" on one SQLite file.\nPage: {shop.url}   Files: {_short(shop.folder)}",
+        f" on {broker.name}.\nPage: {shop.url}   Files: {_short(shop.folder)}",
         highlight=False,
         soft_wrap=True,
     )
-    demo = Demo(shop, purchases, console)
+    demo = Demo(shop, purchases, console, broker if options.restart else None)
     try:
         asyncio.run(_until_terminated(demo.run()))
     except asyncio.CancelledError:
@@ -445,10 +462,26 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--keep", action="store_true", default=os.environ.get("KEEP", "") not in ("", "0"), help="leave the shop open"
     )
+    parser.add_argument(
+        "--transport",
+        default=os.environ.get("TRANSPORT") or EMBEDDED,
+        help=f"what carries the messages: {EMBEDDED}, one of {', '.join(LOCAL)} (installed and started on loopback),"
+        " or the URL of a broker that runs (%(default)s)",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        default=os.environ.get("RESTART", "") not in ("", "0"),
+        help="restart the broker in the middle instead of killing services",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "demo", help="for all files (build/demo)")
     options = parser.parse_args(arguments)
     if options.orders < 1:
         parser.error(f"--orders is {options.orders}; allowed: 1 and more")
+    if options.transport not in (EMBEDDED, *LOCAL) and ":" not in options.transport:
+        parser.error(f"--transport is {options.transport!r}; allowed: {EMBEDDED}, {', '.join(LOCAL)}, or a URL")
+    if options.restart and options.transport not in LOCAL:
+        parser.error(f"--restart needs a broker that the demo has started itself: one of {', '.join(LOCAL)}")
     options.folder = options.folder.resolve()
     return options
 

@@ -164,9 +164,10 @@ class Child:
 
 
 class Processes:
-    """The stand-ins in one process and each service in its own, on one database file in `folder`.
+    """The stand-ins in one process and each service in its own, with one database file in `folder`.
 
     Args:
+        transport: URL of what carries the messages; by default the same file.
         lock: what each of them holds as long as it lives.
 
     Attributes:
@@ -174,7 +175,9 @@ class Processes:
         services: by name; `system` is all of them in one process.
     """
 
-    def __init__(self, folder: Path, services: Sequence[str] = SERVICES, lock: Lock | None = None) -> None:
+    def __init__(
+        self, folder: Path, services: Sequence[str] = SERVICES, lock: Lock | None = None, transport: str | None = None
+    ) -> None:
         port = _free_port()
         self.folder = folder
         self.url = f"http://127.0.0.1:{port}"
@@ -183,7 +186,8 @@ class Processes:
         # As long as a fast card network takes: a kill -9 then meets charges that are under way.
         standins += ["--authorisation-seconds", "0.05"]
         self.standins = Child("stand-ins", standins, folder / "standins.log", lock)
-        run = ["trunkline.cli", "run", "--transport", f"sqlite:///{folder / DATABASE}"]
+        store = f"sqlite:///{folder / DATABASE}"
+        run = ["trunkline.cli", "run", "--transport", transport or store, "--store", store]
         self.services = {
             name: Child(name, [*run, f"examples.shop.{name}:{name}"], folder / f"{name}.log", lock) for name in services
         }

@@ -44,8 +44,11 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
         name: of the message type, for errors.
     Raises: DefinitionError E119 if values of `cls` have no JSON form.
     """
+    from trunkline.finite import may_hold_float, only_finite  # only who declares a type needs it
+
     if hasattr(cls, "model_validate_json"):
-        return checked_encode(_encode_pydantic, name), checked_decode(cls.model_validate_json, name)
+        encode = only_finite(_encode_pydantic, _dump_pydantic)
+        return checked_encode(encode, name), checked_decode(cls.model_validate_json, name)
     fields = ("__struct_fields__", "__dataclass_fields__", "__attrs_attrs__")
     if not (is_typeddict(cls) or any(hasattr(cls, field) for field in fields)):
         raise DefinitionError(
@@ -57,14 +60,19 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
         decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(cls)
     except TypeError as error:
         raise DefinitionError("E119", f"{cls.__name__} has a field without a JSON form: {error}") from error
-    from trunkline.depth import is_deep  # only who declares a type needs it
+    from trunkline.depth import is_deep  # as above
 
     deep = is_deep(cls, MAX_DEPTH)
-    return checked_encode(encode_json, name), checked_decode(decoder.decode, name, deep=deep)
+    encode = only_finite(encode_json) if may_hold_float(cls) else encode_json
+    return checked_encode(encode, name), checked_decode(decoder.decode, name, deep=deep)
 
 
 def _encode_pydantic(payload: Any) -> bytes:
     return payload.model_dump_json().encode()  # type: ignore[no-any-return]
+
+
+def _dump_pydantic(payload: Any) -> Any:
+    return payload.model_dump()
 
 
 def checked_encode(encode: Encode, name: str) -> Encode:

@@ -1,7 +1,7 @@
 """A DB-API 2.0 face on the handler's open transaction, so that SQLAlchemy and existing code join it.
 
 Invariant: `commit` and `rollback` change nothing here: the unit of work ends the transaction.
-Source: PEP 249. Read next: stores/sqlite.py.
+Source: PEP 249. Read next: stores/sqlite/store.py.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from trunkline.clock import Clock, offload
 from trunkline.errors import FatalStoreError, LeaseLostError, PublishError, StoreFullError, TransportError
 from trunkline.handler import Context, Handler, make_message, results
 from trunkline.hooks import Fact, FactKind, Hooks
-from trunkline.lanes import Resume
+from trunkline.lanes import NOTHING, Ended, Resume, new_driver
 from trunkline.message import Message, unpack
 from trunkline.outcome import ACK, PASSED, Ack, DeadLetter, Discard, Outcome, RetryLater, RetryNow
 from trunkline.parking import BEHIND, Parking
@@ -123,10 +123,11 @@ class Deliverer:
         self._holds = holds
         self._strict = subscription.channel.kind == "queue"
         self._log = logging.getLogger(f"trunkline.handler.{service}")
+        self._driver = new_driver()
         self.epoch = 0
         self.stopping = False
 
-    def deliver(  # noqa: C901, PLR0911 - the story in one place, and the hot path
+    def deliver(  # noqa: PLR0911 - the story in one place, and the hot path
         self, delivery: Delivery
     ) -> Coroutine[Any, Any, None] | None:
         """Take one delivery to its settlement; what cannot be finished at once is returned, to be awaited.
@@ -153,16 +154,16 @@ class Deliverer:
                 coroutine = route.plain(payload)
             else:
                 coroutine = route.call(payload, self._context(route, unit, delivery) if route.needs_context else None)
-            waited_for = coroutine.send(None)
-        except StopIteration as stop:
-            value = stop.value
+            step = self._driver.send(coroutine)
         except BaseException as error:  # noqa: BLE001 - _handle decides about every failure
+            self._driver = new_driver()
             return self._handle(route, unit, delivery, _Raised(error))
-        else:
-            return self._handle(route, unit, delivery, Resume(coroutine, waited_for))
-        if value is not None:
+        if step is not NOTHING:
+            if not isinstance(step, Ended):
+                begun, self._driver = Resume(self._driver, step), new_driver()
+                return self._handle(route, unit, delivery, begun)
             try:
-                self._stage(route, unit, message, value)
+                self._stage(route, unit, message, step.value)
             except Exception as error:  # noqa: BLE001 - as above
                 return self._handle(route, unit, delivery, _Raised(error))
         self.settle(unit, ACK)

@@ -3,8 +3,8 @@
 Invariant: whatever `submit` was told is done is on disk (WAL, synchronous=FULL); a failed sync is fatal
 and never retried; a process that another one took over commits nothing more.
 SQL runs on the loop (microseconds, nothing waits); what waits runs in one thread: the lock, the commit with
-its sync, the checkpoint. Never does: messages (transports/sqlite.py) or inbox (stores/sqlite.py).
-Read next: stores/sqlite.py.
+its sync, the checkpoint. Never does: messages (transports/sqlite/transport.py) or inbox (stores/sqlite/store.py).
+Read next: stores/sqlite/store.py.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Engine:
     Attributes:
         process: number of this process in the file, never used twice.
         reader: read-only connection; sees what is committed.
-        labels: subscriptions that Apps of this process read.
+        labels: subscriptions and queues that Apps of this process read.
         places_for: the stage that last placed messages, and so knows where the file goes on.
     """
 

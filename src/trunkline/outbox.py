@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import TrunklineError
+from trunkline.errors import PublishError, TrunklineError
 from trunkline.store import OutboxRow, Store
 from trunkline.transport import Staged, Transport
 
@@ -22,6 +22,8 @@ log = logging.getLogger("trunkline.outbox")
 BATCH = 500
 AGAIN_S = 1.0
 """Wait before sending again what could not be sent."""
+REFUSED_AGAIN_S = 60.0
+"""Wait before sending again what the broker refused, such as a message too large for it."""
 
 
 class Relay:
@@ -62,8 +64,26 @@ class Relay:
             rows, next_due = await self._store.outbox_due(self._channels.keys(), self._clock.now(), BATCH)
             if not rows:
                 return next_due
-            await self._transport.send([self._staged(row) for row in rows])
-            await self._store.outbox_sent([row.number for row in rows])
+            try:
+                await self._transport.send([self._staged(row) for row in rows])
+            except PublishError:
+                await self._send_singly(rows)
+            else:
+                await self._store.outbox_sent([row.number for row in rows])
+
+    async def _send_singly(self, rows: Sequence[OutboxRow]) -> None:
+        """Send what the broker takes; what it refuses waits, is said loudly, and stands in nobody's way."""
+        for row in rows:
+            try:
+                await self._transport.send([self._staged(row)])
+            except PublishError as error:
+                log.error(  # noqa: TRY400 - the text says it all
+                    "%s refuses outbox row %d for %s, trying again in %.0f s: %s",
+                    type(self._transport).__name__, row.number, row.channel, REFUSED_AGAIN_S, error,
+                )  # fmt: skip
+                await self._store.outbox_postpone([row.number], self._clock.now() + REFUSED_AGAIN_S)
+            else:
+                await self._store.outbox_sent([row.number])
 
     def _staged(self, row: OutboxRow) -> Staged:
         channel = self._channels.get(row.channel)

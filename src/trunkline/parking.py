@@ -2,7 +2,7 @@
 
 Invariant: while a key is parked or held, no later message of it runs; what is parked is in the Store, here are
 only counts. Bounded: at the limit the subscription pauses and says so, it never drops.
-Never does: run handlers (delivery.py). Read next: stores/sqlite.py.
+Never does: run handlers (delivery.py). Read next: stores/sqlite/store.py.
 """
 
 from __future__ import annotations

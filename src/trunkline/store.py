@@ -199,6 +199,9 @@ class Store(Protocol):
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Forget outbox rows that the broker has confirmed."""
 
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let outbox rows that the broker refuses wait until then, so that others can leave."""
+
     async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters, oldest first."""
 

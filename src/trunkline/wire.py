@@ -89,7 +89,7 @@ def decode(body: bytes, headers: Callable[[], Mapping[str, str]], plain: Plain |
     Args:
         headers: gives the broker's headers; asked only when the body is no structured event by itself.
         plain: how to read what is no CloudEvent at all; None refuses it.
-    Raises: DecodeError E401 to E409 if it is not a CloudEvent and `plain` is None, E417 if it is too large.
+    Raises: DecodeError E401 to E409 if it is not a CloudEvent and `plain` is None, E416 if it is too large.
     """
     try:
         event = _read(body)
@@ -107,7 +107,7 @@ def decode(body: bytes, headers: Callable[[], Mapping[str, str]], plain: Plain |
 
 def _decode_slowly(body: bytes, headers: Mapping[str, str], plain: Plain | None) -> Message:
     if len(body) > MAX_WIRE_BYTES:
-        raise DecodeError("E417", f"message of {len(body)} bytes", f"at most {MAX_WIRE_BYTES} are read")
+        raise DecodeError("E416", f"message of {len(body)} bytes", f"at most {MAX_WIRE_BYTES} are read")
     found = _binary_attributes(headers)
     if found is not None:
         return from_attributes(found, body)

@@ -177,7 +177,7 @@ CASES = [
     ("E120", "a negative wait", "payment.handle(batch=Batch(wait_s=-1))(lambda order: None)"),
     ("E120", "a word that is not a choice", "payment.handle(start='first')(lambda order: None)"),
     ("E201", "not a URL", "App(payment, 'shop.db')"),
-    ("E202", "a transport or store that is not installed", "App(payment, 'kafka://localhost')"),
+    ("E202", "a transport or store that is not installed", "App(payment, 'pigeon://localhost')"),
     ("E203", "a file that is no database", "start(App(payment, 'sqlite:///notes.txt'))"),
     ("E204", "a file system without write-ahead logging", "start(App(payment, 'sqlite:///shop.db?vfs=unix-none'))"),
     ("E205", "a file of a newer release", "start(App(payment, 'sqlite:///newer.db'))"),
@@ -213,6 +213,13 @@ CASES = [
         "two Apps of one process read one subscription",
         "@payment.handle\nasync def charge(order: OrderPlaced) -> None: ...\n"
         "start(App(payment, 'sqlite:///shop.db'), App(payment, 'sqlite:///shop.db'))",
+    ),
+    (
+        "E220",
+        "two Apps of one process read one queue",
+        "@payment.handle\nasync def deliver(job: SendMail) -> None: ...\n"
+        "other = Service('other')\n@other.handle\nasync def deliver_too(job: SendMail) -> None: ...\n"
+        "start(App(payment, 'sqlite:///shop.db'), App(other, 'sqlite:///shop.db'))",
     ),
     ("E225", "a folder that is missing", "start(App(payment, 'sqlite:///missing/shop.db'))"),
     ("E225", "a file where the folder should be", "start(App(payment, 'sqlite:///notes.txt/shop.db'))"),

@@ -2,11 +2,12 @@
 
 import asyncio
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trunkline import Stream
-from trunkline.lanes import Lanes
+from trunkline.lanes import NOTHING, Ended, Lanes, Resume, new_driver
 from trunkline.transport import Delivery, Subscription
 
 SUBSCRIPTION = Subscription("lanes", Stream("lanes-test"))
@@ -92,3 +93,60 @@ async def test_what_waits_can_be_forgotten_and_is_counted():
     lanes.add([delivery("a", 1), delivery("b", 2), delivery("b", 3)])
     assert (lanes.waiting, lanes.forget_waiting(), lanes.waiting) == (3, 3, 0)
     await lanes.stop()
+
+
+async def give(value, *, after=()):
+    for future in after:
+        await future
+    return value
+
+
+async def test_a_driver_runs_one_coroutine_after_the_other_and_tells_what_each_returned():
+    driver = new_driver()
+    assert driver.send(give(None)) is NOTHING
+    ended = driver.send(give([1]))
+    assert isinstance(ended, Ended)
+    assert ended.value == [1]
+    with pytest.raises(ConnectionError):
+        driver.send(fail())
+
+
+async def fail() -> None:
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("value", [None, "done"])
+async def test_what_a_driver_has_begun_goes_on_where_it_is_awaited(value):
+    futures = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    driver = new_driver()
+    task = asyncio.create_task(wait_for(Resume(driver, driver.send(give(value, after=futures)))))
+    for future in futures:
+        await asyncio.sleep(0)
+        future.set_result(None)
+    assert await task == value
+
+
+async def wait_for(begun):
+    return await begun
+
+
+async def test_what_a_driver_has_begun_can_be_cancelled_and_closed():
+    cleaned = []
+
+    async def hang() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cleaned.append("up")
+
+    driver = new_driver()
+    task = asyncio.create_task(wait_for(Resume(driver, driver.send(hang()))))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    driver = new_driver()
+    coroutine = wait_for(Resume(driver, driver.send(hang())))
+    coroutine.send(None)
+    coroutine.close()
+    assert cleaned == ["up", "up"]

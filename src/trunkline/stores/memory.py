@@ -1,6 +1,6 @@
 """The store in the memory of one process, for tests.
 
-Invariant: the same rules as stores/sqlite.py; a unit is applied whole, at once.
+Invariant: the same rules as stores/sqlite/store.py; a unit is applied whole, at once.
 Never does: survive the process. Read next: store.py.
 """
 
@@ -94,9 +94,22 @@ class MemoryStore:
     def submit(self, unit: Unit) -> None:
         """Apply at once; see Store."""
         deliveries = unit.deliveries
-        if unit.outcome is ACK and unit.transaction is None and len(deliveries) == 1 and deliveries[0].fresh:
-            self._submit_fresh(unit, deliveries[0])
+        if unit.outcome is not ACK or unit.transaction is not None or len(deliveries) != 1 or not deliveries[0].fresh:
+            self._submit_any(unit)
             return
+        # The usual case, in as few steps as can be: what cannot have been handled before is acknowledged.
+        delivery = deliveries[0]
+        inbox, reader = self._live[delivery.subscription.label]
+        message = delivery.message
+        # An id made here just now is identity enough; see _inbox_id.
+        inbox.add(message.id if message.tenantid is None else _inbox_id(delivery))  # type: ignore[union-attr]
+        if unit.staged:
+            self._send(unit.staged)
+        if reader is not None:
+            reader.under_way -= 1
+        unit.done(unit, None)
+
+    def _submit_any(self, unit: Unit) -> None:
         if unit.transaction is not None:
             try:
                 self._end_transaction(unit)
@@ -106,7 +119,7 @@ class MemoryStore:
         elif unit.outcome is ACK and not unit.duplicate and not self._remember(unit):
             unit.duplicate = True
             unit.staged = ()
-        for delivery in deliveries:
+        for delivery in unit.deliveries:
             if unit.outcome is not ACK or delivery.suspect or delivery.row != LIVE:
                 self._move(unit, delivery)
             reader = self._live[delivery.subscription.label][1]
@@ -114,18 +127,6 @@ class MemoryStore:
                 reader.under_way -= 1
         if unit.staged:
             self._send(unit.staged)
-        unit.done(unit, None)
-
-    def _submit_fresh(self, unit: Unit, delivery: Delivery) -> None:
-        """Acknowledge what cannot have been handled before: the usual case, in as few steps as can be."""
-        inbox, reader = self._live[delivery.subscription.label]
-        message = delivery.message
-        # An id made here just now is identity enough; see _inbox_id.
-        inbox.add(message.id if message.tenantid is None else _inbox_id(delivery))  # type: ignore[union-attr]
-        if unit.staged:
-            self._send(unit.staged)
-        if reader is not None:
-            reader.under_way -= 1
         unit.done(unit, None)
 
     def _move(self, unit: Unit, delivery: Delivery) -> None:
@@ -321,6 +322,11 @@ class MemoryStore:
         """Forget what was sent; see Store."""
         for number in rows:
             del self._sending[number]
+
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let rows wait; see Store."""
+        for number in rows:
+            heappush(self._outbox, (until, number, self._sending.pop(number)[2]))
 
     async def tidy(self) -> None:
         """Do nothing: a test ends before the inbox window does."""

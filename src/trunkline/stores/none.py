@@ -202,6 +202,9 @@ class NoStore:
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Do nothing; see `outbox_due`."""
 
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Do nothing; see `outbox_due`."""
+
     async def tidy(self) -> None:
         """Do nothing."""
 

@@ -48,8 +48,8 @@ class MemoryTransport:
             reader = self.readers[subscription.label] = (PriorityReader if priority else Reader)(subscription)
             self._routes.setdefault(channel.name, []).append(reader)
 
-    def place(self, batch: Sequence[Staged]) -> None:
-        """Put messages into the buffers of those who read their channels."""
+    def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
+        """Put `batch` into the buffers of those who read its channels; see Transport."""
         for staged in batch:
             message = staged.message
             position = self._position = self._position + 1
@@ -62,11 +62,10 @@ class MemoryTransport:
                 )  # fmt: skip
                 if reader.waiter is not None:
                     reader.wake()
-
-    def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
-        """Put `batch` into the buffers; see Transport."""
-        self.place(batch)
         return self._confirmed
+
+    place = send
+    """For a store in memory, which sends what a unit staged in the moment it is applied."""
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return what is there; see Transport."""
@@ -75,8 +74,7 @@ class MemoryTransport:
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Forget `deliveries`; see Transport."""
         for delivery in deliveries:
-            if delivery.row == LIVE:
-                self.readers[delivery.subscription.label].under_way -= 1
+            self.readers[delivery.subscription.label].under_way -= 1
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
         """Return True: there is one process."""

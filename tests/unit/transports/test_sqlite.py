@@ -1,12 +1,16 @@
 """What is particular to the file: Apps that share it in one process, and how much it has to look at."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
-from trunkline import App, Queue, Service, Stream, Struct
+from tests.unit.rig import until
+from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
 from trunkline.engine import query
 from trunkline.engines import LOG_BYTES, _grow_log
+from trunkline.errors import ConfigurationError
+from trunkline.transports.sqlite.tables import FREE
 
 entries = Stream("shared-entries", key="lane")
 errands = Queue("shared-errands")
@@ -98,3 +102,110 @@ async def test_the_log_has_its_length_from_the_start_and_the_file_is_sound(tmp_p
     assert not caplog.records
     _grow_log(tmp_path / "missing" / "x-wal")
     assert "commits are slower until it has grown" in caplog.text
+
+
+OWNED = {
+    "partitions": "SELECT count(*) FROM trunkline_partition WHERE owner NOTNULL",
+    "queued": f"SELECT count(*) FROM trunkline_queue WHERE holder > {FREE}",
+    "members": "SELECT count(*) FROM trunkline_member",
+    "holds": "SELECT count(*) FROM trunkline_hold",
+}
+
+
+def owned(app: App) -> dict[str, int]:
+    return {what: query(app.transport.engine.reader, sql)[0][0] for what, sql in OWNED.items()}
+
+
+def busy_services(free: asyncio.Event) -> tuple[Service, Service]:
+    """One that stays with its errands until `free`, and one that only reads entries."""
+    first, second = Service("first"), Service("second")
+
+    @first.handle
+    async def run(errand: Errand) -> None:
+        await free.wait()
+
+    @first.handle
+    async def keep(entry: Entry) -> None: ...
+
+    @second.handle
+    async def note(entry: Entry) -> None: ...
+
+    return first, second
+
+
+async def test_an_app_that_stops_gives_back_nothing_of_another_in_its_process(tmp_path):
+    url, free = f"sqlite:///{tmp_path}/two.db", asyncio.Event()
+    first, second = busy_services(free)
+    async with App(first, url) as one:
+        await one.publish_all([Errand(number) for number in range(3)])
+        before = owned(one)
+        assert before == {"partitions": entries.partitions, "queued": 3, "members": 1, "holds": 1}
+        async with App(second, url):
+            assert owned(one) == before | {"partitions": 2 * entries.partitions, "members": 2}
+        assert owned(one) == before
+        free.set()
+
+
+@pytest.mark.parametrize("other", ["first", "second"])
+async def test_an_app_that_is_refused_gives_back_nothing_of_the_one_that_runs(tmp_path, other):
+    url, free, rival = f"sqlite:///{tmp_path}/refused.db", asyncio.Event(), Service(other)
+
+    @rival.handle
+    async def run_too(errand: Errand) -> None: ...
+
+    async with App(busy_services(free)[0], url) as one:
+        await one.publish_all([Errand(number) for number in range(3)])
+        before = owned(one)
+        with pytest.raises(ConfigurationError, match="E220 queue 'shared-errands' is read already"):
+            await App(rival, url).start()
+        assert owned(one) == before
+        free.set()
+
+
+async def test_an_app_that_stops_leaves_the_parked_messages_that_another_runs(tmp_path, clock):
+    url, free, service, tries = f"sqlite:///{tmp_path}/parked.db", asyncio.Event(), Service("first"), []
+
+    @service.handle(retry=Retry(immediate=0, delays_s=(10.0,), jitter=0))
+    async def run(errand: Errand, ctx: Context) -> None:
+        tries.append(ctx.attempt)
+        if ctx.attempt == 0:
+            raise ConnectionError("away")
+        await free.wait()
+
+    async with App(Service("anyone"), url, clock=clock) as last:
+        taken = "SELECT count(owner), count(*) FROM trunkline_parked"
+        async with App(service, url, clock=clock, grace_s=0.0) as one:
+            await one.send(Errand(1))
+            await until(lambda: query(one.store.engine.reader, taken) == [(0, 1)])
+            await clock.advance(20.0)
+            await until(lambda: tries == [0, 1])
+            async with App(Service("second"), url, clock=clock):
+                pass
+            assert query(one.store.engine.reader, taken) == [(1, 1)]
+        # Unfinished when its own App stopped.
+        assert query(last.store.engine.reader, taken) == [(0, 1)]
+        free.set()
+        async with App(service, url, clock=clock) as one:
+            await until(lambda: query(last.store.engine.reader, taken) == [(0, 0)])
+            assert not one.store._parked.rows
+
+
+async def test_of_two_apps_of_a_process_one_relays_a_channel_and_keeps_what_it_took(tmp_path, clock):
+    url = f"sqlite:///{tmp_path}/outbox.db"
+    async with App(Service("first"), url, clock=clock) as one, App(Service("second"), url, clock=clock) as two:
+        for app in (one, two):
+            app._relaying.cancel()  # this test relays
+        await one.schedule(Errand(1), timedelta(seconds=5))
+        await clock.advance(6.0)
+        channels = {errands.name}
+        rows, _ = await one.store.outbox_due(channels, clock.now(), 10)
+        assert len(rows) == 1
+        assert (await two.store.outbox_due(channels, clock.now(), 10))[0] == []
+        assert (await one.store.outbox_due(channels, clock.now(), 10))[0] == rows  # sending failed: again
+        await two.store.engine.run(two.store._give_back)
+        assert (await two.store.outbox_due(channels, clock.now(), 10))[0] == []
+        await one.store.engine.run(one.store._give_back)
+        one.store._outbox.rows.clear()
+        assert (await two.store.outbox_due(channels, clock.now(), 10))[0] == rows
+        await two.store.outbox_sent([row.number for row in rows])
+        assert not two.store._outbox.rows

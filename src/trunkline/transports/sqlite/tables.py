@@ -6,8 +6,11 @@ keeping and for finding them. Never does: anything but SQL. Read next: transport
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import apsw
 
+from trunkline.codec import encode_json
 from trunkline.engine import count_up, query
 from trunkline.transport import Backlog
 
@@ -134,14 +137,20 @@ def hold(connection: apsw.Connection, process: int, subscription: int, high: int
     )
 
 
-def give_back(connection: apsw.Connection, process: int, *, suspect: bool) -> None:
+def give_back(connection: apsw.Connection, process: int, subscriptions: Collection[int] | None = None) -> None:
     """Free what a process owns.
 
     Args:
-        suspect: whether it may have died of one of them.
+        subscriptions: of these only, by an App that stops; None frees everything of a process that is dead and may
+            have died of one of them.
     """
+    suspect = subscriptions is None
+    owned = "owner = ?1 AND (?2 OR subscription IN (SELECT value FROM json_each(?3)))"
+    which = (process, suspect, encode_json(sorted(subscriptions or ())).decode())
     for subscription, high in query(
-        connection, "SELECT subscription, high FROM trunkline_hold WHERE owner = ?", (process,)
+        connection,
+        f"SELECT subscription, high FROM trunkline_hold WHERE {owned}",  # noqa: S608
+        which,
     ):
         connection.execute(
             "UPDATE trunkline_queue SET holder = ?, suspect = max(suspect, ?)"
@@ -150,11 +159,12 @@ def give_back(connection: apsw.Connection, process: int, *, suspect: bool) -> No
         )
         if connection.changes():
             count_up(connection, "returned")
-    connection.execute("DELETE FROM trunkline_hold WHERE owner = ?", (process,))
+    connection.execute(f"DELETE FROM trunkline_hold WHERE {owned}", which)  # noqa: S608
     connection.execute(
-        "UPDATE trunkline_partition SET owner = NULL, suspect = max(suspect, ?) WHERE owner = ?", (suspect, process)
+        f"UPDATE trunkline_partition SET owner = NULL, suspect = max(suspect, ?2) WHERE {owned}",  # noqa: S608
+        which,
     )
-    connection.execute("DELETE FROM trunkline_member WHERE owner = ?", (process,))
+    connection.execute(f"DELETE FROM trunkline_member WHERE {owned}", which)  # noqa: S608
 
 
 def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> Backlog:

@@ -2,7 +2,7 @@
 
 Invariant: positions rise in commit order; what this process just committed is handed to its own readers
 without reading it back; what another process holds is never touched while that process lives.
-Never does: inbox or dead letters (stores/sqlite.py). Read next: engine.py.
+Never does: inbox or dead letters (stores/sqlite/store.py). Read next: engine.py.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class SqliteTransport:
     async def _open(self, listed: list[Channel], wanted: list[Subscription]) -> None:
         await self.engine.add_stage(self)
         self._party = self.engine.party(self)
-        self._take_labels({subscription.label for subscription in wanted})
+        self._take_labels({_exclusive(subscription) for subscription in wanted})
         numbers = await self.engine.run(lambda connection: self._declare(connection, listed, wanted))
         for subscription in wanted:
             kind = StreamReader if isinstance(subscription.channel, Stream) else QueueReader
@@ -248,7 +248,7 @@ class SqliteTransport:
         for reader in self._readers.values():
             if isinstance(reader, StreamReader):
                 reader.mark_suspects(connection)
-        give_back(connection, self.engine.process, suspect=False)
+        give_back(connection, self.engine.process, {reader.number for reader in self._readers.values()})
 
     # --- stage of the engine's group ---
 
@@ -425,7 +425,7 @@ class SqliteTransport:
 
     def release(self, connection: apsw.Connection, process: int) -> None:
         """Give back what a dead process held, as suspect."""
-        give_back(connection, process, suspect=True)
+        give_back(connection, process)
 
     # --- routes and partitions ---
 
@@ -493,6 +493,12 @@ class _Route:
         self.position: int | None = None
         self.readers: list[StreamReader] = []
         self.queues: list[tuple[int, QueueReader | None]] = []
+
+
+def _exclusive(subscription: Subscription) -> str:
+    """What one App of a process has for itself: its subscription, of a Queue all of it, for that has one owner."""
+    channel = subscription.channel
+    return f"queue {channel.name!r}" if isinstance(channel, Queue) else subscription.label
 
 
 def _stored_name(subscription: Subscription) -> str:

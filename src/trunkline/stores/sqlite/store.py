@@ -1,25 +1,28 @@
 """The store in one SQLite file: inbox, outbox, parked and dead letters, the user's own tables.
 
 Invariant: inbox rows are the first write of a unit; a conflict undoes the unit and leaves only its settlement.
-Never does: channels (transports/sqlite.py). Read next: parking.py.
+Never does: channels (transports/sqlite). Read next: letters.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 import apsw
 
+from trunkline.claims import Claims
 from trunkline.clock import Clock
 from trunkline.codec import encode_json
 from trunkline.dbapi import ApswTransaction
 from trunkline.engine import Engine, Stage, count_up, query
 from trunkline.engines import close_engine, open_engine
-from trunkline.errors import ConfigurationError, DeadLetterError
+from trunkline.errors import ConfigurationError
 from trunkline.message import pack, unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.stores.sqlite.letters import mark_head, no_dead_letter, read_dead_letters, take_dead_letter
 from trunkline.transport import LIVE, Address, Delivery, Subscription, Transport
 
 TIDY_ROWS = 20_000
@@ -88,6 +91,8 @@ class SqliteStore:
         """Open the file; see Store."""
         self.engine = await open_engine(self._path, self._clock, self._options)
         self._same = getattr(transport, "engine", None) is self.engine
+        self._parked = Claims(self.engine, "trunkline_parked")
+        self._outbox = Claims(self.engine, "trunkline_outbox")
         await self.engine.add_stage(self)
         # The store first: inbox rows come before anything else is written.
         self._party = self.engine.party(self, cast("Stage", transport)) if self._same else self.engine.party(self)
@@ -104,10 +109,15 @@ class SqliteStore:
     async def stop(self) -> None:
         """Give back what was taken and close; see Store."""
         if self.engine.failure is None:
-            process = self.engine.process
-            await self.engine.run(lambda connection: self.release(connection, process))
+            await self.engine.run(self._give_back)
         self.engine.remove_stage(self)
         await close_engine(self.engine)
+
+    def _give_back(self, connection: apsw.Connection) -> None:
+        for claims in (self._parked, self._outbox):
+            claims.give_back(connection)
+        count_up(connection, "treated")
+        count_up(connection, "staged")
 
     async def run_schema(self, statements: Sequence[str]) -> None:
         """Run table definitions in one transaction; see Store."""
@@ -202,7 +212,7 @@ class SqliteStore:
         if finished:
             connection.executemany("DELETE FROM trunkline_parked WHERE seq = ?", finished)
         for reader, key in touched:
-            _mark_head(connection, reader, key)
+            mark_head(connection, reader, key)
 
     def _touch(self, delivery: Delivery, touched: set[tuple[int, str]]) -> None:
         key = _parking_key(delivery)
@@ -211,6 +221,8 @@ class SqliteStore:
 
     def committed(self, units: Sequence[Unit]) -> None:
         """Wake the relay when something scheduled was committed."""
+        if self._parked.rows:
+            self._parked.finished(delivery.row for unit in units for delivery in unit.deliveries)
         for unit in units:
             if unit.staged and (not self._same or any(staged.due is not None for staged in unit.staged)):
                 self._notify_staged()
@@ -406,10 +418,9 @@ class SqliteStore:
                 (process, reader, now, limit),
             )
 
-        rows = await self.engine.run(claim)
         return [
             Delivery(subscription, None, event, None, position, partition, attempt, seq)
-            for seq, partition, position, attempt, event in sorted(rows)
+            for seq, partition, position, attempt, event in await self._parked.take(claim)
         ], now
 
     # --- outbox ---
@@ -433,21 +444,32 @@ class SqliteStore:
                 connection,
                 "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
                 " WHERE due <= ?2 AND channel IN (SELECT value FROM json_each(?4)) AND channel NOT IN"
-                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL AND owner != ?1)"
-                " ORDER BY due, seq LIMIT ?3) RETURNING due, seq, channel, event",
-                (process, now, limit, names),
+                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL"
+                " AND seq NOT IN (SELECT value FROM json_each(?5)))"
+                " ORDER BY due, seq LIMIT ?3) RETURNING seq, due, channel, event",
+                (process, now, limit, names, encode_json(sorted(self._outbox.rows)).decode()),
             )
 
-        rows = sorted(await self.engine.run(take))
-        # Nothing taken although something is due: another process relays; look again soon.
+        rows = sorted(await self._outbox.take(take), key=itemgetter(1, 0))
+        # Nothing taken although something is due: somebody else relays; look again soon.
         later = now + 0.2 if not rows else now
-        return [OutboxRow(seq, channel, unpack(event)) for _, seq, channel, event in rows], later
+        return [OutboxRow(seq, channel, unpack(event)) for seq, _, channel, event in rows], later
 
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Forget what was sent; see Store."""
         await self.engine.run(
             lambda c: c.executemany("DELETE FROM trunkline_outbox WHERE seq = ?", [(row,) for row in rows])
         )
+        self._outbox.finished(rows)
+
+    async def outbox_postpone(self, rows: Sequence[int], until: float) -> None:
+        """Let rows wait; see Store."""
+        await self.engine.run(
+            lambda c: c.executemany(
+                "UPDATE trunkline_outbox SET due = ?, owner = NULL WHERE seq = ?", [(until, row) for row in rows]
+            )
+        )
+        self._outbox.finished(rows)
 
     # --- dead letters ---
 
@@ -459,14 +481,14 @@ class SqliteStore:
         """Give a dead letter back; see Store."""
 
         def move(connection: apsw.Connection) -> None:
-            row = _take_dead_letter(connection, number)
+            row = take_dead_letter(connection, number)
             reader, key, partition, position, event = row
             connection.execute(
                 "INSERT INTO trunkline_parked (reader, key, partition, position, due, attempt, reason, event)"
                 " VALUES (?, ?, ?, ?, 0, 0, 'redriven', ?)",
                 (reader, key, partition, position, event if raw is None else raw),
             )
-            _mark_head(connection, reader, key)
+            mark_head(connection, reader, key)
 
         await self.engine.run(move)
         self._notify()
@@ -481,7 +503,7 @@ class SqliteStore:
                 (raw, message.id, message.type, number),
             )
             if not connection.changes():
-                raise _no_dead_letter(number)
+                raise no_dead_letter(number)
 
         await self.engine.run(edit)
 
@@ -489,8 +511,8 @@ class SqliteStore:
         """Remove a dead letter; see Store."""
 
         def remove(connection: apsw.Connection) -> None:
-            reader, key, *_ = _take_dead_letter(connection, number)
-            _mark_head(connection, reader, key)
+            reader, key, *_ = take_dead_letter(connection, number)
+            mark_head(connection, reader, key)
 
         await self.engine.run(remove)
         self._notify()
@@ -510,66 +532,6 @@ class SqliteStore:
             await self.engine.run(
                 lambda c: c.executemany("DELETE FROM trunkline_inbox WHERE reader = ? AND tenant = ? AND id = ?", old)
             )
-
-
-def _mark_head(connection: apsw.Connection, reader: int, key: str | None) -> None:
-    """Mark which parked message of a key may run when it is due: the first, unless a dead letter holds the key.
-
-    So finding what is due costs the same however many wait behind.
-    """
-    if key is None:
-        return
-    connection.execute("UPDATE trunkline_parked SET head = 0 WHERE reader = ? AND key = ? AND head", (reader, key))
-    connection.execute(
-        "UPDATE trunkline_parked SET head = 1 WHERE seq = (SELECT seq FROM trunkline_parked"
-        " WHERE reader = ?1 AND key = ?2 ORDER BY position, seq LIMIT 1) AND NOT EXISTS"
-        " (SELECT 1 FROM trunkline_dead_letter WHERE reader = ?1 AND key = ?2 AND holds)",
-        (reader, key),
-    )
-
-
-def _take_dead_letter(connection: apsw.Connection, number: int) -> tuple[Any, ...]:
-    rows = query(
-        connection,
-        "DELETE FROM trunkline_dead_letter WHERE seq = ? RETURNING reader, key, partition, position, event",
-        (number,),
-    )
-    if not rows:
-        raise _no_dead_letter(number)
-    count_up(connection, "treated")
-    return tuple(rows[0])
-
-
-def _no_dead_letter(number: int) -> DeadLetterError:
-    return DeadLetterError("E601", f"no dead letter {number}", 'list them with "trunkline dead list"')
-
-
-def read_dead_letters(
-    connection: apsw.Connection,
-    *,
-    subscription: str | None = None,
-    message_type: str | None = None,
-    number: int | None = None,
-    limit: int = -1,
-) -> list[DeadLetterRow]:
-    """Return dead letters, oldest first.
-
-    Args:
-        subscription: label, or name alone; None for all.
-        message_type: CloudEvents type; None for all.
-        number: that one only.
-        limit: most rows; -1 for all.
-    """
-    rows = query(
-        connection,
-        "SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at,"
-        " d.holds, (SELECT count(*) FROM trunkline_parked p WHERE d.holds AND p.reader = d.reader"
-        " AND p.key = d.key), d.event FROM trunkline_dead_letter d JOIN trunkline_reader r ON r.id = d.reader"
-        " WHERE (?1 IS NULL OR r.label = ?1 OR substr(r.label, 1, length(?1) + 1) = ?1 || '@')"
-        " AND (?2 IS NULL OR d.type = ?2) AND (?3 IS NULL OR d.seq = ?3) ORDER BY d.seq LIMIT ?4",
-        (subscription, message_type, number, limit),
-    )
-    return [DeadLetterRow(*(*row[:11], bool(row[11]), *row[12:])) for row in rows]
 
 
 def _parking_key(delivery: Delivery) -> str | None:

@@ -1,0 +1,135 @@
+"""The connection to a broker: made, watched, made again."""
+
+import asyncio
+
+import pytest
+
+from trunkline.errors import ConfigurationError, TransportError
+from trunkline.link import Link, Options
+from trunkline.transport import parse_address
+
+
+class Broker:
+    """Refuses as often as it is told to."""
+
+    def __init__(self) -> None:
+        self.answers: list[Exception] = []
+        self.connections = 0
+
+    async def connect(self) -> None:
+        if self.answers:
+            raise self.answers.pop(0)
+        self.connections += 1
+
+
+DOWN = TransportError("E520", "connection refused")
+
+
+async def test_it_tries_again_until_the_broker_answers(clock):
+    broker = Broker()
+    broker.answers = [DOWN, DOWN]
+    starting = asyncio.create_task((link := Link("x://host", clock, broker.connect)).start(30))
+    await asyncio.sleep(0)
+    assert not link.is_up
+    await clock.advance(1)
+    await starting
+    assert link.is_up
+    await link.stop()
+
+
+async def test_a_refusal_at_start_is_told_at_once(clock):
+    broker = Broker()
+    broker.answers = [ConfigurationError("E244", "wrong password")]
+    with pytest.raises(ConfigurationError, match="E244"):
+        await Link("x://host", clock, broker.connect).start(30)
+
+
+async def test_a_refusal_later_may_pass_by(clock):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(1)
+    broker.answers = [ConfigurationError("E244", "the password is being changed")]
+    link.lost(None)
+    assert not link.is_up
+    await asyncio.sleep(0)
+    await clock.advance(1)
+    assert link.is_up
+    assert broker.connections == 2
+    await link.stop()
+
+
+async def test_who_needs_it_waits_up_to_a_time_and_is_told_why(clock):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(1)
+    broker.answers = [DOWN] * 50
+    link.lost(ConnectionResetError("reset by peer"))
+    await asyncio.sleep(0)
+    with pytest.raises(TransportError, match=r"E520 x://host was not reached within 0\.01 s: .*connection refused"):
+        await link.up(0.01)
+    await link.stop()
+
+
+async def test_it_is_not_made_again_after_stop(clock):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(1)
+    await link.stop()
+    link.lost(None)
+    await clock.advance(10)
+    assert broker.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "x://h?lease=3",
+            "E240 unknown option 'lease' in the URL of x://h; options are: lease_s, mode, number, prefix",
+        ),
+        ("x://h?lease_s=soon", "E241 lease_s='soon' in the URL of x://h; a number of seconds above 0"),
+        ("x://h?lease_s=0", "E241"),
+        ("x://h?number=-1", "E241"),
+        ("x://h?mode=fast", "E241 mode='fast' in the URL of x://h; one of safe, safer"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(url, message):
+    options = Options(parse_address(url))
+    with pytest.raises(ConfigurationError, match=message):
+        read(options)
+
+
+def read(options: Options) -> tuple[object, ...]:
+    found = (
+        options.text("prefix", "trunkline"), options.seconds("lease_s", 10), options.number("number", 2),
+        options.choice("mode", ("safe", "safer"), "safe"),
+    )  # fmt: skip
+    options.end()
+    return found
+
+
+def test_options_have_defaults_and_are_read():
+    assert read(Options(parse_address("x://h"))) == ("trunkline", 10, 2, "safe")
+    url = "x://h?prefix=a&lease_s=2.5&number=7&mode=safer"
+    assert read(Options(parse_address(url))) == ("a", 2.5, 7, "safer")
+
+
+def test_a_broker_url_has_hosts_and_credentials(monkeypatch):
+    monkeypatch.setenv("BROKER_PASSWORD", "p%40ss/word")
+    address = parse_address("amqp://user%40home:${BROKER_PASSWORD}@one:5672,[::1]:5673,two/shop?prefix=a")
+    assert address.hosts == (("one", 5672), ("::1", 5673), ("two", None))
+    assert (address.user, address.password) == ("user@home", "p%40ss/word")
+    assert (address.path, address.options) == ("/shop", {"prefix": "a"})
+    assert address.shown == "amqp://one:5672,[::1]:5673,two/shop"
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("BROKER_PASSWORD", raising=False)
+    with pytest.raises(ConfigurationError, match=r"E249 .* BROKER_PASSWORD, which is not set"):
+        parse_address("amqp://user:${BROKER_PASSWORD}@host")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "amqp", "-1"])
+def test_a_port_that_is_none_is_refused(port):
+    with pytest.raises(ConfigurationError, match="E201"):
+        parse_address(f"amqp://host:{port}")

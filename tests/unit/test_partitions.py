@@ -1,0 +1,150 @@
+"""How far a partition was handled, and who reads it."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trunkline.errors import TransportError
+from trunkline.partitions import Ownership, Watermark
+
+
+@given(st.permutations(range(30)), st.integers(0, 30))
+def test_the_mark_never_passes_an_unfinished_position(order, finished):
+    mark = Watermark(100)
+    mark.take(range(100, 130))
+    for step, number in enumerate(order[:finished], 1):
+        mark.done([100 + number])
+        done = {100 + n for n in order[:step]}
+        assert mark.low == next(p for p in range(100, 131) if p not in done)
+
+
+def test_gaps_in_the_positions_are_passed_over():
+    mark = Watermark(0)
+    mark.take([3, 7, 20])
+    assert mark.done([3])
+    assert mark.low == 4
+    assert not mark.done([20])
+    assert mark.done([7])
+    assert mark.low == 21
+
+
+def test_a_finished_position_that_was_not_handed_out_is_forgotten():
+    mark = Watermark(5)
+    assert not mark.done([4, 99])
+    mark.take([5])
+    mark.done([5])
+    assert (mark.low, len(mark)) == (6, 0)
+
+
+async def test_idle_waits_for_the_last_one():
+    mark = Watermark(0)
+    mark.take([0, 1])
+    waiting = asyncio.create_task(mark.idle())
+    await asyncio.sleep(0)
+    mark.done([1])
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    mark.done([0])
+    async with asyncio.timeout(1):
+        await waiting
+    await mark.idle()
+
+
+class Table:
+    """Leases in memory, for several processes."""
+
+    def __init__(self) -> None:
+        self.members: set[object] = set()
+        self.holders: dict[int, object] = {}
+
+
+class TableLeases:
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.down = False
+
+    async def keep(self, held):
+        if self.down:
+            raise TransportError("E520", "down")
+        self.table.members.add(self)
+        return len(self.table.members), {p for p in held if self.table.holders.get(p) is self}
+
+    async def claim(self, free, most):
+        got = [p for p in free if p not in self.table.holders][:most]
+        self.table.holders.update(dict.fromkeys(got, self))
+        return got
+
+    async def release(self, partitions):
+        for partition in partitions:
+            del self.table.holders[partition]
+
+    async def leave(self):
+        self.table.members.discard(self)
+
+
+class Member:
+    def __init__(self, table, clock, partitions=8) -> None:
+        self.leases = TableLeases(table)
+        self.log: list[tuple[str, int]] = []
+        self.ownership = Ownership(
+            "s@c", partitions, self.leases, clock, opened=self.opened, closed=self.closed, lease_s=10.0
+        )
+
+    async def opened(self, partition):
+        self.log.append(("opened", partition))
+
+    async def closed(self, partition, moves):
+        assert partition in self.ownership.held if moves else partition not in self.ownership.held
+        self.log.append(("moved" if moves else "lost", partition))
+
+
+async def test_one_process_has_everything_and_two_share(clock):
+    table = Table()
+    one, two = Member(table, clock), Member(table, clock)
+    await one.ownership.step()
+    assert one.ownership.held == set(range(8))
+    for _ in range(3):
+        await two.ownership.step()
+        await one.ownership.step()
+    assert len(one.ownership.held) == len(two.ownership.held) == 4
+    assert one.ownership.held | two.ownership.held == set(range(8))
+    assert [what for what, _ in one.log].count("moved") == 4
+
+
+async def test_when_one_leaves_the_other_takes_all(clock):
+    table = Table()
+    one, two = Member(table, clock), Member(table, clock)
+    for _ in range(3):
+        await one.ownership.step()
+        await two.ownership.step()
+    await one.ownership.leave()
+    assert one.ownership.held == set()
+    await two.ownership.step()
+    assert two.ownership.held == set(range(8))
+
+
+async def test_a_partition_taken_by_another_is_lost_at_once(clock):
+    table = Table()
+    one = Member(table, clock)
+    await one.ownership.step()
+    table.holders[3] = object()
+    await one.ownership.step()
+    assert ("lost", 3) in one.log
+    assert 3 not in one.ownership.held
+
+
+async def test_without_an_answer_partitions_are_lost_before_the_lease_ends(clock):
+    one = Member(Table(), clock)
+    await one.ownership.step()
+    one.leases.down = True
+    await clock.advance(6.9)
+    with pytest.raises(TransportError):
+        await one.ownership.step()
+    assert len(one.ownership.held) == 8
+    await clock.advance(0.2)
+    with pytest.raises(TransportError):
+        await one.ownership.step()
+    assert one.ownership.held == set()
+    assert [what for what, _ in one.log].count("lost") == 8
