@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trunkline.errors import TrunklineError
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--group", action="append", help="core, order, failure or load; may be repeated")
     root.add_argument("--json", type=Path, help="write the results here")
     root.add_argument("--slow", type=float, default=1.0, help="each deadline is so many times longer")
+    root.add_argument("-x", "--stop", action="store_true", help="stop at the first case that fails")
     root.add_argument("--list", action="store_true", help="print the cases and what they need")
     root.add_argument("--restart", metavar="COMMAND", help="restarts the broker and waits until it answers")
     root.add_argument("--kill", metavar="COMMAND", help="kills the broker")
@@ -74,6 +76,8 @@ async def run(options: argparse.Namespace, chosen: list[Case], say: Callable[[Re
             bench = Bench(options.url, options.store, folder=Path(folder), controls=controls, slow=options.slow)
             results.append(await result_of(case, bench))
             say(results[-1])
+            if options.stop and results[-1].outcome == "failed":
+                break
     assert bench is not None  # noqa: S101 - `choose` gives one case at least
     declared = msgspec.structs.asdict(bench.capabilities)
     names = [name for name, value in declared.items() if value is True]
@@ -91,6 +95,12 @@ def choose(options: argparse.Namespace) -> list[Case]:
     if not chosen:
         sys.exit("no case is left; --list prints them")
     return chosen
+
+
+def short(note: str) -> str:
+    """Return the first line of a note and the last one, which of a log says most; --json has all of it."""
+    lines = note.splitlines()
+    return note if len(lines) <= 1 else f"{lines[0]} … {lines[-1][-300:]}"
 
 
 def listing(chosen: list[Case]) -> Table:
@@ -113,10 +123,11 @@ def main() -> int:
     table = Table("case", "result", "seconds", "note")
 
     def say(result: Result) -> None:
-        console.print(f"{result.outcome:7} {result.case} ({result.seconds:.1f} s) {result.note}", markup=False)
+        line = f"{result.outcome:7} {result.case} ({result.seconds:.1f} s) {short(result.note)}"
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
         table.add_row(
             result.case, f"[{STYLES[result.outcome]}]{result.outcome}", f"{result.seconds:.1f}",
-            result.note.replace("[", "\\["),
+            escape(short(result.note)),
         )  # fmt: skip
 
     try:
