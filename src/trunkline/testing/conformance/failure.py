@@ -116,7 +116,7 @@ async def bound_on_duplicates(bench: Bench) -> None:
     """After kills, handlers begin again for no more messages than were in handlers when processes died."""
     jobs = bench.line()
     concurrency, kills = 4, 3
-    publisher = await bench.process(jobs, role="publish", keys=6, pause_s=0.02)
+    publisher = await bench.process(jobs, role="publish", keys=6, pause_s=0.06)
     for _ in range(kills):
         worker = await bench.process(jobs, concurrency=concurrency, work_s=0.01)
         await bench.until(lambda worker=worker: len(worker.begun()) > 10, "nothing was handled", 30)  # type: ignore[misc]
@@ -177,7 +177,7 @@ async def broker_restart_mid_publish(bench: Bench) -> None:
     """A broker that is restarted while messages are published loses none that it confirmed; publishing goes on."""
     jobs, log = bench.line(), bench.line("stream")
     await bench.process(jobs, log)
-    publisher = await bench.process(jobs, log, role="publish", keys=4, pause_s=0.01)
+    publisher = await bench.process(jobs, log, role="publish", keys=4, pause_s=0.04)
     await bench.until(lambda: len(publisher.journal()) > 40, "nothing was published")
     await bench.restart_broker()
     await after_trouble(bench, publisher)
@@ -187,7 +187,7 @@ async def broker_restart_mid_publish(bench: Bench) -> None:
 async def broker_restart_mid_consume(bench: Bench) -> None:
     """A broker that is killed and resumed while messages are handled loses none; its consumers go on by themselves."""
     jobs, log = bench.line(), bench.line("stream")
-    publisher = await bench.process(jobs, log, role="publish", keys=4, pause_s=0.01)
+    publisher = await bench.process(jobs, log, role="publish", keys=4, pause_s=0.04)
     await bench.until(lambda: len(publisher.journal()) > 200, "nothing was published")
     workers = [await bench.process(jobs, log, work_s=0.02, concurrency=2) for _ in range(2)]
     await bench.until(lambda: any(worker.begun() for worker in workers), "nothing was handled")
