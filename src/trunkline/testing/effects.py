@@ -28,6 +28,7 @@ class EffectTable:
         self.store = store
         self.name = name
         self._address = parse_address(store)
+        self._file = self._address.path.removeprefix("/")
         self._sqlite = self._address.scheme == "sqlite"
         number = "INTEGER PRIMARY KEY AUTOINCREMENT" if self._sqlite else "BIGSERIAL PRIMARY KEY"
         self.schema = f"CREATE TABLE IF NOT EXISTS {name} (n {number}, {_ROW})"
@@ -53,7 +54,7 @@ class EffectTable:
         import apsw
 
         try:
-            connection = apsw.Connection(self._address.path, flags=apsw.SQLITE_OPEN_READONLY)
+            connection = apsw.Connection(self._file, flags=apsw.SQLITE_OPEN_READONLY)
         except apsw.CantOpenError:
             return []  # no process has opened the store yet
         try:

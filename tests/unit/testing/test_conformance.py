@@ -6,8 +6,11 @@ import itertools
 import msgspec
 import pytest
 
+from trunkline import App, Service
+from trunkline.testing import Entry, Kind
 from trunkline.testing.conformance import Bench, cases, result_of
 from trunkline.testing.conformance import registry as registry_module
+from trunkline.testing.effects import EffectTable
 from trunkline.transport import Backlog, Staged
 from trunkline.transports.memory import MemoryTransport, Reader
 
@@ -150,3 +153,15 @@ async def test_types_of_a_case_are_forgotten_at_its_end(tmp_path):
 def test_each_bench_has_a_place_of_its_own(url, wanted, tmp_path):
     bench = Bench("memory:", folder=tmp_path)
     assert bench._isolated(url) == wanted.replace("TAG", bench.tag)
+
+
+async def test_effects_are_read_from_a_file_named_relatively_or_absolutely(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("sqlite:///here.db", f"sqlite:///{tmp_path}/there.db"):
+        table = EffectTable(url, "effect_x")
+        assert await table.read() == []
+        service = Service("writer")
+        service.schema(table.schema)
+        async with App(service, url) as app, app.running(service).unit_of_work() as ctx:
+            await table.add(await ctx.transaction(), "p", "a", 1, 7)
+        assert await table.read() == [Entry(Kind.EFFECT, "p", "a", 1)]

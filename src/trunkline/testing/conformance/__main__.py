@@ -17,23 +17,10 @@ from rich.table import Table
 
 from trunkline.errors import TrunklineError
 from trunkline.testing.conformance import Bench, Case, Controls, Result, cases, result_of
+from trunkline.testing.conformance.matrix import Report
 from trunkline.transport import parse_address
 
 STYLES = {"passed": "green", "failed": "bold red", "n/a": "dim"}
-
-
-class Report(msgspec.Struct, frozen=True):
-    """What a run of the suite writes down.
-
-    Attributes:
-        transport: scheme. store: scheme.
-        capabilities: what the transport declares, true ones only.
-    """
-
-    transport: str
-    store: str
-    capabilities: list[str]
-    results: list[Result]
 
 
 def command(line: str | None) -> Callable[[], Awaitable[None]] | None:
@@ -56,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--store", help="URL of a store; default: the transport's own")
     root.add_argument("--case", action="append", help="run this case only; may be repeated")
     root.add_argument("--group", action="append", help="core, order, failure or load; may be repeated")
-    root.add_argument("--json", type=Path, help="write the results here")
+    root.add_argument("--json", type=Path, help="write the results here, for the matrix")
+    root.add_argument("--setting", default="", help="what the report says of the broker's settings")
     root.add_argument("--slow", type=float, default=1.0, help="each deadline is so many times longer")
     root.add_argument("-x", "--stop", action="store_true", help="stop at the first case that fails")
     root.add_argument("--list", action="store_true", help="print the cases and what they need")
@@ -79,9 +67,8 @@ async def run(options: argparse.Namespace, chosen: list[Case], say: Callable[[Re
             if options.stop and results[-1].outcome == "failed":
                 break
     assert bench is not None  # noqa: S101 - `choose` gives one case at least
-    declared = msgspec.structs.asdict(bench.capabilities)
-    names = [name for name, value in declared.items() if value is True]
-    return Report(bench.scheme, parse_address(bench.store_url).scheme, names, results)
+    store = parse_address(bench.store_url).scheme
+    return Report(bench.scheme, bench.scheme, store, options.setting, bench.capabilities, results)
 
 
 def choose(options: argparse.Namespace) -> list[Case]:

@@ -19,7 +19,7 @@ from trunkline.app import App
 from trunkline.channel import Channel
 from trunkline.clock import Draws, system_clock
 from trunkline.handler import Context, make_message
-from trunkline.message import Message
+from trunkline.message import Message, read_packed
 from trunkline.service import Service, System
 from trunkline.store import Store, dead_letter_queue
 from trunkline.testing.conformance.registry import NEEDS, ConformanceError
@@ -29,7 +29,7 @@ from trunkline.testing.lines import Line, Spec
 from trunkline.testing.processes import Process
 from trunkline.testing.proxy import Proxy
 from trunkline.testing.worker import Look, Plan, read_looks
-from trunkline.transport import Capabilities, Staged, load_adapter, parse_address
+from trunkline.transport import Capabilities, Delivery, Staged, Subscription, Transport, load_adapter, parse_address
 
 LEASE_S = 1.0
 POLL_S = 0.01
@@ -219,12 +219,20 @@ class Bench:
 
     # --- Apps ---
 
-    async def start(self, *readers: Reader | Service, url: str | None = None, grace_s: float = 10.0) -> App:
-        """Start an App of these services; without any it only publishes."""
+    async def start(
+        self,
+        *readers: Reader | Service,
+        url: str | None = None,
+        grace_s: float = 10.0,
+        watch: Callable[[Delivery], None] | None = None,
+    ) -> App:
+        """Start an App of these services; without any it only publishes. `watch` sees what the transport hands over."""
         services = [reader if isinstance(reader, Service) else reader.service for reader in readers]
         graves = self._grave_diggers(services)
         system = System("conformance", [*services, *graves] or [Service("publisher")])
         app = App(system, url or self.url, store=self.store_url, grace_s=grace_s)
+        if watch is not None:
+            watched(app.transport, watch)
         await app.start()
         self._apps.append(app)
         return app
@@ -430,6 +438,22 @@ class Bench:
                     await app.stop()
         for proxy in self.proxies:
             await proxy.stop()
+
+
+def watched(transport: Transport, watch: Callable[[Delivery], None]) -> None:
+    """Have `watch` see each delivery before the consumer does; envelopes that are still bytes are read for it."""
+    receive = transport.receive
+
+    async def look(subscription: Subscription, limit: int) -> list[Delivery]:
+        deliveries = await receive(subscription, limit)
+        for delivery in deliveries:
+            if delivery.message is None and delivery.raw is not None:
+                watch(msgspec.structs.replace(delivery, message=read_packed(delivery.raw)))
+            else:
+                watch(delivery)
+        return deliveries
+
+    transport.receive = look  # type: ignore[method-assign]
 
 
 def equal(found: object, wanted: object, what: str) -> None:

@@ -5,12 +5,15 @@ Read next: failure.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from trunkline.handler import Context
 from trunkline.policies.retry import Retry
 from trunkline.testing.conformance.bench import Bench, Worker, equal, must
 from trunkline.testing.conformance.registry import ConformanceError, Group
+from trunkline.testing.ledger import Place, Verdict, check_conservation, check_offsets
+from trunkline.transport import Delivery
 
 order = Group("order")
 
@@ -61,6 +64,34 @@ async def key_order_after_nack(bench: Bench) -> None:
     equal(by_key(reader.seen), {f"key{key}": list(range(1, 31)) for key in range(4)}, "order")
     last = max(number for number, one in enumerate(reader.seen) if one.key in {"key2", "key3"})
     must(last < 119, "the other keys waited too")
+
+
+@order.case("ordered_streams", "durable")
+async def stream_offsets_unique(bench: Bench) -> None:
+    """Each message of a Stream stands at one place of one partition, and is read in the order of the places."""
+    log = bench.line("stream", partitions=4)
+    places: list[Place] = []
+    messages: list[str] = []
+    reader = bench.reader(log)
+    for life in ("first", "second"):
+        app = await bench.start()
+        messages.extend(await bench.send(app, log.messages(100, keys=8, producer=life)))
+        await bench.stop(app)
+        app = await bench.start(reader, watch=partial(note, places, life))
+        await bench.until(lambda: len(reader.seen) >= len(messages), lambda: f"{len(reader.seen)} were handled")
+        await bench.idle(app)
+        await bench.stop(app)
+    verdict = Verdict(drained=True)
+    check_offsets(verdict, places)
+    check_conservation(verdict, messages, {"the log": [place.message for place in places]})
+    must(verdict.passed, verdict.describe())
+    must(all(place.partition in range(4) for place in places), "a partition that does not exist")
+
+
+def note(places: list[Place], life: str, delivery: Delivery) -> None:
+    """Write down where a delivery of a Stream comes from."""
+    if delivery.partition >= 0 and delivery.message is not None:
+        places.append(Place(life, delivery.partition, delivery.position, delivery.message.id))
 
 
 async def finish(bench: Bench, publisher: Worker) -> None:
