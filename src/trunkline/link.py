@@ -54,7 +54,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 await self._until_connected(final=ConfigurationError)
         except TimeoutError:
-            raise self._unreachable(timeout_s) from None
+            raise self.unreachable(timeout_s) from None
 
     async def up(self, timeout_s: float) -> None:
         """Wait until the connection stands.
@@ -67,7 +67,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
-            raise self._unreachable(timeout_s) from None
+            raise self.unreachable(timeout_s) from None
 
     def lost(self, error: BaseException | None) -> None:
         """Say that the connection is gone: it is made again."""
@@ -94,7 +94,8 @@ class Link:
             await self._clock.sleep(wait_s * (0.5 + self._clock.random()))
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
 
-    def _unreachable(self, timeout_s: float) -> TransportError:
+    def unreachable(self, timeout_s: float) -> TransportError:
+        """Return the error that says so."""
         return TransportError(
             "E520",
             f"{self._shown} was not reached within {timeout_s:g} s: {self._reason}",

@@ -12,9 +12,11 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol
+from zlib import crc32
 
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
+from trunkline.message import Message
 
 log = logging.getLogger("trunkline.partitions")
 
@@ -22,6 +24,11 @@ LEASE_S = 10.0
 """How long a partition stays with a process that shows no sign of life."""
 CLOSE_S = 10.0
 """How long a partition that is to move waits for what is under way in it."""
+
+
+def partition_of(message: Message, partitions: int) -> int:
+    """Return in which partition of a Stream a message belongs: the same for each key, any without a key."""
+    return crc32((message.partitionkey or message.id).encode()) % partitions
 
 
 class Watermark:
@@ -58,6 +65,13 @@ class Watermark:
             if self._idle is not None and not self._idle.done():
                 self._idle.set_result(None)
         return self.low != before
+
+    def give_back(self, count: int) -> None:
+        """Take back the last `count` positions handed out: nobody began with them."""
+        for _ in range(count):
+            self._done.discard(self._taken.pop())
+        if not self._taken and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     async def idle(self) -> None:
         """Wait until everything that was handed out is finished."""

@@ -15,7 +15,7 @@ UV = Path(sys.executable).with_name("uv")
 HEAVY = {
     "aio_pika", "aiohttp", "aiosmtplib", "aiokafka", "asyncpg", "attrs", "boto3", "cloudevents",
     "confluent_kafka", "django", "fastapi", "flask", "google", "grpc", "httpx", "kafka", "nats",
-    "numpy", "opentelemetry", "pandas", "pika", "prometheus_client", "psycopg", "pydantic", "redis",
+    "numpy", "opentelemetry", "pamqp", "pandas", "pika", "prometheus_client", "psycopg", "pydantic", "redis",
     "requests", "sqlalchemy", "starlette", "stripe", "twilio", "uvicorn", "zeep",
 }  # fmt: skip
 

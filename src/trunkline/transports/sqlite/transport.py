@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
-from zlib import crc32
 
 import apsw
 
@@ -21,6 +20,7 @@ from trunkline.engine import Engine, count_up, query
 from trunkline.engines import close_engine, open_engine
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.message import pack
+from trunkline.partitions import partition_of
 from trunkline.store import Unit, resolve
 from trunkline.transport import (
     LIVE,
@@ -330,7 +330,7 @@ class SqliteTransport:
             if route.position is None:
                 route.position = last_position(connection, route.number)
             position = route.position = route.position + 1
-            partition = crc32((key or message.id).encode()) % channel.partitions
+            partition = partition_of(message, channel.partitions)
             log_rows.append((log_place(route.number, position), partition, self._now, event))
             for stream_reader in route.readers:
                 fresh = Delivery(

@@ -1,0 +1,447 @@
+"""What one process reads of one subscription: a consumer in its own thread.
+
+Invariant: an offset is committed only when everything before it is settled; a partition that moves is given up when
+nothing of it is under way here, or after a bounded wait. The thread polls, decodes and answers rebalances; the loop
+keeps the watermarks. Read next: transport.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from threading import Event
+from typing import Any
+
+import msgspec
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from trunkline import wire
+from trunkline.channel import Stream
+from trunkline.clock import Clock, WorkerThread, offload
+from trunkline.errors import DecodeError
+from trunkline.inflow import ROOM, Inflow
+from trunkline.partitions import CLOSE_S, Watermark
+from trunkline.transport import LIVE, Delivery, Subscription
+from trunkline.transports.kafka.cluster import Cluster
+from trunkline.transports.kafka.records import key_of, plain_of, text_headers
+from trunkline.transports.kafka.settings import Settings, client_log, describe, refusal
+
+log = logging.getLogger("trunkline.kafka")
+
+BATCH = 500
+"""Records taken from the client at once."""
+ROOM_BYTES = 16 * 1024 * 1024
+"""What waits for the consumer is no more than this, by the average size of the last records."""
+MOST_UNSETTLED = 200_000
+"""Records of one subscription received and not passed by a watermark before no more are read."""
+IDLE_POLL_S = 0.2
+STAND_BY_S = 1.0
+"""How long the thread waits for room without answering rebalances; then it pauses and polls."""
+COMMIT_S = 0.1
+SUSPECTS = 1000
+"""So many records of a partition may have been under way when the process before died; see consumer.IN_FLIGHT."""
+CALL_S = 10.0
+SHIFT = 40
+"""Bits of the offset in the position of a Queue's or Topic's delivery; the partition stands above them."""
+CLEAN, OPEN = "trunkline clean", "trunkline open"
+"""Metadata of a committed offset: nothing was under way behind it, or something may have been."""
+
+
+class _Place:
+    """A partition as the thread sees it.
+
+    Attributes:
+        suspects: so many of the next records are suspects.
+        until: from this offset on none is.
+        committed: up to where is committed, negative if nothing is known.
+    """
+
+    __slots__ = ("committed", "suspects", "until")
+
+    def __init__(self, committed: int, suspects: int, until: int) -> None:
+        self.committed = committed
+        self.suspects = suspects
+        self.until = until
+
+
+class Reader:
+    """Reads `topic` for `subscription`.
+
+    Attributes:
+        inflow: what was read and not yet asked for.
+        held: partition → how far it is settled, for the partitions that this process reads.
+    """
+
+    def __init__(self, subscription: Subscription, settings: Settings, clock: Clock) -> None:
+        self.subscription = subscription
+        self.inflow = Inflow(subscription)
+        self.held: dict[int, Watermark] = {}
+        channel = subscription.channel
+        self.topic = settings.topic(channel.name)
+        self.group = settings.group(subscription.name, channel.name)
+        self._settings = settings
+        self._clock = clock
+        self._is_stream = isinstance(channel, Stream)
+        self._plain = channel.plain
+        self._loop = asyncio.get_running_loop()
+        self._made: Consumer | None = None
+        self._thread: WorkerThread | None = None
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        # Of the thread: partitions assigned to it, and what it has handed to the loop.
+        self._places: dict[int, _Place] = {}
+        self._unopened: list[int] = []
+        self._handed = 0
+        self._average = 1.0
+        self._commit_at = 0.0
+        self._record: Message
+        # Of the loop: what was taken from the inflow or dropped.
+        self._gone = 0
+        self._leaving: set[asyncio.Task[None]] = set()
+        # Of both.
+        self._wake = Event()
+        self._is_waiting = False
+        self._draining = False
+        self._stopping = False
+
+    # --- start ---
+
+    def prepare(self, cluster: Cluster, ends: dict[int, int]) -> None:
+        """Say where a new group begins, then join it; blocks.
+
+        Args:
+            ends: where it begins, per partition. They were looked up before this: what is published after two processes
+                have started at once is behind the ends that either of them saw.
+        """
+        self._made = consumer = Consumer(self._settings.consumer(self.group, self._note), logger=client_log)
+        places = [TopicPartition(self.topic, number) for number in ends]
+        known = cluster.patiently(
+            lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
+        )
+        new = [
+            TopicPartition(self.topic, place.partition, ends[place.partition], CLEAN)
+            for place in known
+            if place.offset < 0
+        ]
+        if new:
+            try:
+                consumer.commit(offsets=new, asynchronous=False)
+            except KafkaException as error:
+                # Another process of this subscription was faster and reads already.
+                log.debug("%s: the beginning is not committed: %s", self.group, describe(error.args[0]))
+        consumer.subscribe([self.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread = WorkerThread(f"trunkline-kafka-{self.subscription.label}")
+        self._thread.submit(self._work, self._end)
+
+    def _end(self, error: BaseException | None) -> None:
+        if error is not None:
+            log.error("%s: reading ended: %s", self.group, error, exc_info=error)
+        self._ended.set_result(None)
+
+    # --- the thread ---
+
+    @property
+    def _consumer(self) -> Consumer:
+        assert self._made is not None  # noqa: S101 - made by prepare, before the thread
+        return self._made
+
+    def _work(self) -> None:
+        consumer = self._consumer
+        while not self._stopping:
+            if self._clock.monotonic() >= self._commit_at:
+                self._commit()
+            most = self._room()
+            if most < 1:
+                self._stand_by()
+                continue
+            records = consumer.consume(most, 0)
+            if not records:
+                record = consumer.poll(IDLE_POLL_S)
+                records = [] if record is None else [record]
+            if self._unopened:
+                self._open()
+            if records:
+                self._hand_over(records)
+        self._close()
+
+    def _commit(self) -> None:
+        """Commit how far partitions are settled, without waiting for the answer.
+
+        Here, not on the loop: the client blocks a second thread while this one polls.
+        """
+        self._commit_at = self._clock.monotonic() + COMMIT_S
+        offsets = []
+        for number, low in self.settled_offsets().items():
+            place = self._places.get(number)
+            if place is not None and place.committed < low:
+                place.committed = low
+                offsets.append(TopicPartition(self.topic, number, low, OPEN))
+        if not offsets:
+            return
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            log.warning("%s: offsets are not committed: %s", self.group, describe(error.args[0]))
+
+    def _room(self) -> int:
+        """Return how many records may be read now."""
+        room = min(ROOM, int(ROOM_BYTES / self._average) or 1)
+        waiting = self._handed - self._gone
+        if self._draining or waiting >= room or sum(map(len, list(self.held.values()))) > MOST_UNSETTLED:
+            return 0
+        return min(BATCH, room)
+
+    def _stand_by(self) -> None:
+        """Wait for room; after a while answer rebalances meanwhile, with everything paused."""
+        self._wake.clear()
+        self._is_waiting = True
+        try:
+            if self._room() or self._stopping or self._wake.wait(STAND_BY_S):
+                return
+            while not (self._room() or self._stopping):
+                self._consumer.pause(self._assignment())
+                if (record := self._consumer.poll(IDLE_POLL_S)) is not None:
+                    self._hand_over([record])  # it was on its way when the partition was paused
+            self._consumer.resume(self._assignment())
+        finally:
+            self._is_waiting = False
+
+    def _assignment(self) -> list[TopicPartition]:
+        return [TopicPartition(self.topic, number) for number in self._places]
+
+    def _hand_over(self, records: Sequence[Message]) -> None:
+        """Decode records and give them to the loop, all at once."""
+        subscription, places, is_stream, plain = self.subscription, self._places, self._is_stream, self._plain
+        deliveries: list[Delivery] = []
+        size = 0
+        message: Any
+        for record in records:
+            if record.error() is not None:
+                self._note(record.error())
+                continue
+            number: int = record.partition()  # type: ignore[assignment]
+            place = places.get(number)
+            if place is None:
+                continue  # revoked after it was fetched
+            body: bytes = record.value() or b""  # type: ignore[assignment]
+            size += len(body)
+            self._record = record
+            raw: bytes | None = None
+            key = None
+            try:
+                message = wire.decode(body, self._headers, None if plain is None else plain_of(record, plain))
+                key = message.partitionkey
+                if key is None and (key := key_of(record)) is not None:
+                    message = msgspec.structs.replace(message, partitionkey=key)
+            except DecodeError as error:
+                log.debug("unreadable record on %s: %s", self.topic, error)
+                message, raw = None, body
+            offset: int = record.offset()  # type: ignore[assignment]
+            suspect = False
+            if place.suspects:
+                place.suspects -= 1
+                suspect = offset < place.until
+            deliveries.append(
+                Delivery(subscription, message, raw, key, offset, number, 0, LIVE, suspect)
+                if is_stream
+                else Delivery(subscription, message, raw, key, number << SHIFT | offset, -1, 0, LIVE, suspect)
+            )
+        if deliveries:
+            self._average += 0.2 * (size / len(deliveries) + 1 - self._average)
+            self._handed += len(deliveries)
+            self._loop.call_soon_threadsafe(self._arrived, deliveries)
+
+    def _headers(self) -> dict[str, str]:
+        return text_headers(self._record)
+
+    def _note(self, error: KafkaError) -> None:
+        """Note what the client says of the cluster."""
+        if (refused := refusal(error, self._settings.shown)) is not None:
+            log.error("%s: %s", self.group, refused)
+        else:
+            log.warning("%s: %s", self.group, describe(error))
+
+    # --- partitions come and go: in the thread, from within poll ---
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Begin where the group has committed; after an unclean end the next records are suspects."""
+        if not partitions:
+            return
+        try:
+            known = consumer.committed(partitions, timeout=CALL_S)
+        except KafkaException as error:
+            log.warning("%s: no committed offsets, all are looked up again: %s", self.group, describe(error.args[0]))
+            known = [TopicPartition(self.topic, place.partition) for place in partitions]
+        for place in known:
+            clean = place.offset >= 0 and place.metadata == CLEAN
+            until = 0 if clean else self._end_of(consumer, place)
+            self._places[place.partition] = _Place(place.offset, 0 if clean else SUSPECTS, until)
+        consumer.incremental_assign([TopicPartition(p.topic, p.partition, p.offset) for p in known])
+        self._unopened += [place.partition for place in known if place.offset >= 0 and place.metadata == CLEAN]
+        self._loop.call_soon_threadsafe(self._opened, {place.partition: place.offset for place in known})
+
+    def _end_of(self, consumer: Consumer, place: TopicPartition) -> int:
+        """Return the offset before which a record may have been read by the process before."""
+        try:
+            return int(consumer.get_watermark_offsets(TopicPartition(self.topic, place.partition), timeout=CALL_S)[1])
+        except KafkaException as error:
+            log.warning("%s: the end of %d is not known: %s", self.group, place.partition, describe(error.args[0]))
+            return 1 << SHIFT
+
+    def _open(self) -> None:
+        """Commit, before anything is handed out, that from now on something may be under way."""
+        numbers, self._unopened = self._unopened, []
+        self._commit_now({n: self._places[n].committed for n in numbers if n in self._places}, OPEN)
+
+    def _revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Give partitions up: wait until nothing of them is under way, commit."""
+        numbers = [place.partition for place in partitions if place.partition in self._places]
+        if not numbers or self._stopping:
+            return
+        done = Event()
+        lows: dict[str, dict[int, int]] = {}
+        self._loop.call_soon_threadsafe(self._give_up, numbers, lows, done)
+        done.wait(CLOSE_S + CALL_S)
+        for number in numbers:
+            del self._places[number]
+        for how, offsets in lows.items():
+            self._commit_now(offsets, how)
+
+    def _lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Forget partitions that another process reads already."""
+        numbers = [place.partition for place in partitions if self._places.pop(place.partition, None) is not None]
+        log.warning("%s lost partitions %s: another process may read them now", self.group, numbers)
+        self._loop.call_soon_threadsafe(self._drop, numbers)
+
+    def _commit_now(self, offsets: dict[int, int], how: str) -> None:
+        places = [TopicPartition(self.topic, number, low, how) for number, low in offsets.items() if low >= 0]
+        if not places:
+            return
+        try:
+            self._consumer.commit(offsets=places, asynchronous=False)
+        except KafkaException as error:
+            log.warning("%s: offsets are not committed, messages come again: %s", self.group, describe(error.args[0]))
+
+    def _close(self) -> None:
+        for how, offsets in self._lows(self.held).items():
+            self._commit_now(offsets, how)
+        self._consumer.close()
+
+    # --- partitions come and go: on the loop ---
+
+    def _opened(self, begins: dict[int, int]) -> None:
+        for number, begin in begins.items():
+            self.held[number] = Watermark(begin if self._is_stream or begin < 0 else number << SHIFT | begin)
+        self.inflow.reassigned()
+
+    def _give_up(self, numbers: list[int], lows: dict[str, dict[int, int]], done: Event) -> None:
+        task = self._loop.create_task(self._give_up_idle(numbers, lows, done))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _give_up_idle(self, numbers: list[int], lows: dict[str, dict[int, int]], done: Event) -> None:
+        self._forget(numbers)
+        marks = {number: self.held[number] for number in numbers if number in self.held}
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                for mark in marks.values():
+                    await mark.idle()
+        except TimeoutError:
+            log.warning("%s: partitions %s move while messages of them are under way", self.group, numbers)
+        finally:
+            lows |= self._lows(marks)
+            self._drop(numbers)
+            done.set()
+
+    def _drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.held.pop(number, None)
+        self._forget(numbers)
+        self.inflow.reassigned()
+
+    def _forget(self, numbers: list[int]) -> None:
+        """Drop what waits of some partitions; the broker brings it again."""
+        dropped = self.inflow.forget()
+        kept = [delivery for delivery in dropped if self._number(delivery) not in numbers]
+        self._gone += len(dropped) - len(kept)
+        self.inflow.put(kept)
+
+    def _lows(self, marks: dict[int, Watermark]) -> dict[str, dict[int, int]]:
+        """Return metadata → partition → offset to commit."""
+        lows: dict[str, dict[int, int]] = {CLEAN: {}, OPEN: {}}
+        for number, mark in marks.items():
+            lows[OPEN if len(mark) else CLEAN][number] = self._offset(number, mark.low)
+        return lows
+
+    def _number(self, delivery: Delivery) -> int:
+        return delivery.partition if self._is_stream else delivery.position >> SHIFT
+
+    def _offset(self, number: int, low: int) -> int:
+        return low if self._is_stream or low < 0 else low - (number << SHIFT)
+
+    # --- messages, on the loop ---
+
+    def _arrived(self, deliveries: list[Delivery]) -> None:
+        before = len(self.inflow)
+        self.inflow.put(deliveries)
+        self._gone += len(deliveries) - (len(self.inflow) - before)  # dropped: draining
+
+    async def receive(self, limit: int) -> list[Delivery]:
+        """Return deliveries and note that they are under way; see Transport."""
+        taken = await self.inflow.receive(limit)
+        self._gone += len(taken)
+        if self._is_waiting:
+            self._wake.set()
+        for number, positions in self._by_partition(taken):
+            self.held[number].take(positions)
+        return taken
+
+    def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Note what is settled; the thread commits it soon."""
+        for number, positions in self._by_partition(deliveries):
+            mark = self.held.get(number)
+            if mark is not None:
+                mark.done(positions)
+
+    def _by_partition(self, deliveries: Sequence[Delivery]) -> list[tuple[int, list[int]]]:
+        """Return (partition, positions) of runs of deliveries of one partition."""
+        runs: list[tuple[int, list[int]]] = []
+        is_stream = self._is_stream
+        last = -1
+        positions: list[int] = []
+        for delivery in deliveries:
+            position = delivery.position
+            number = delivery.partition if is_stream else position >> SHIFT
+            if number != last:
+                last, positions = number, []
+                runs.append((number, positions))
+            positions.append(position)
+        return runs
+
+    def settled_offsets(self) -> dict[int, int]:
+        """Return the offset up to which each partition held here is settled."""
+        return {n: self._offset(n, mark.low) for n, mark in list(self.held.items()) if mark.low >= 0}
+
+    # --- end ---
+
+    def drain(self) -> None:
+        """Read no more; what was handed out may still be settled."""
+        self._draining = True
+        self._gone += len(self.inflow.drain())
+
+    async def stop(self) -> None:
+        """Commit what is settled and leave the group."""
+        self._draining = self._stopping = True
+        for task in list(self._leaving):
+            task.cancel()
+        self._wake.set()
+        if self._thread is not None:
+            await self._ended
+            self._thread.stop()
+            self._thread = None
+        elif self._made is not None:
+            await offload(self._made.close)
+        self.held.clear()

@@ -1,0 +1,54 @@
+"""Kafka's records as wire.py takes them.
+
+Source: CloudEvents Kafka protocol binding 1.0.2. Read next: reader.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from confluent_kafka import Message
+
+from trunkline import wire
+
+NO_TIMESTAMP = 0
+
+
+def text_headers(record: Message) -> dict[str, str]:
+    """Return the headers of a record; those that are no UTF-8 are left out."""
+    found: dict[str, str] = {}
+    headers: Any = record.headers()
+    for name, value in headers or ():
+        text = _text(value)
+        if text is not None:
+            found[name] = text
+    return found
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return str(value, "utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def key_of(record: Message) -> str | None:
+    """Return the key of a record that has one which is text.
+
+    Source: CloudEvents Kafka protocol binding 1.0.2 §3.1: the key is the partitionkey.
+    """
+    return _text(record.key())
+
+
+def plain_of(record: Message, type_name: str) -> wire.Plain:
+    """Return how a record that is no CloudEvent is read."""
+    kind, milliseconds = record.timestamp()
+    return wire.Plain(
+        type_name,
+        str(record.topic()),
+        f"{record.topic()}/{record.partition()}/{record.offset()}",
+        milliseconds / 1000 if kind != NO_TIMESTAMP else 0.0,
+        key_of(record),
+    )

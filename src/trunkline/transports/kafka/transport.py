@@ -1,0 +1,146 @@
+"""Queue, Topic and Stream as topics of Apache Kafka.
+
+Invariant: each subscription of a channel is one consumer group; what exists on the cluster is checked, never changed.
+A Queue or Topic has as many partitions as the URL says, a Stream exactly its own. Read next: reader.py, publisher.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from typing import Any
+
+from trunkline.channel import Channel, Stream
+from trunkline.clock import Clock, offload
+from trunkline.link import Link
+from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
+from trunkline.transports.kafka.cluster import Cluster
+from trunkline.transports.kafka.publisher import Publisher
+from trunkline.transports.kafka.reader import Reader
+from trunkline.transports.kafka.settings import read_settings
+
+log = logging.getLogger("trunkline.kafka")
+
+
+class KafkaTransport:
+    """Channels on one cluster."""
+
+    capabilities = Capabilities(
+        durable=True,
+        processes=True,
+        priority=False,
+        ordered_streams=True,
+        description="Apache Kafka: topics and consumer groups, acknowledged by all replicas in step",
+        foreign=True,
+    )
+
+    def __init__(self, address: Address, clock: Clock) -> None:
+        self._settings = read_settings(address)
+        self._clock = clock
+        self._cluster = Cluster(self._settings, clock)
+        self._link = Link(self._settings.shown, clock, self._connect)
+        self._readers: dict[str, Reader] = {}
+        self._partitions: dict[str, int] = {}
+        self._publisher = Publisher(self._settings)
+
+    async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
+        """Reach the cluster, make the topics, join the groups; see Transport."""
+        try:
+            await self._link.start(self._settings.timeout_s)
+            subscriptions = list(subscriptions)
+            declared = {channel.name: channel for channel in channels}
+            declared |= {subscription.channel.name: subscription.channel for subscription in subscriptions}
+            self._partitions = await offload(self._cluster.declare, list(declared.values()))
+            self._publisher.start()
+            reading = [self._read(subscription) for subscription in subscriptions]
+            await _all(reading)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _connect(self) -> None:
+        await offload(self._cluster.connect)
+
+    async def _read(self, subscription: Subscription) -> None:
+        reader = Reader(subscription, self._settings, self._clock)
+        channel = subscription.channel
+        from_oldest = channel.kind == "queue" or (isinstance(channel, Stream) and subscription.start == "earliest")
+
+        def prepare() -> None:
+            reader.prepare(
+                self._cluster, self._cluster.ends(reader.topic, self._partitions[channel.name], earliest=from_oldest)
+            )
+
+        self._readers[subscription.label] = reader
+        await offload(prepare)
+        reader.start()
+
+    def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
+        """Send `batch`; see Transport."""
+        return self._publisher.send(batch)
+
+    async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        """Return what is there; see Transport."""
+        return await self._readers[subscription.label].receive(limit)
+
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Note what need not come again; it is committed within a tenth of a second."""
+        if not deliveries:
+            return
+        first = deliveries[0].subscription
+        if all(delivery.subscription is first for delivery in deliveries):
+            found = {first.label: list(deliveries)}
+        else:
+            found = {}
+            for delivery in deliveries:
+                found.setdefault(delivery.subscription.label, []).append(delivery)
+        for label, settled in found.items():
+            if (reader := self._readers.get(label)) is not None:
+                reader.settle(settled)
+
+    def owns(self, subscription: Subscription, partition: int) -> bool:
+        """Return whether this process reads `partition`; see Transport."""
+        reader = self._readers.get(subscription.label)
+        return reader is not None and partition in reader.held
+
+    def assignment(self, subscription: Subscription) -> int:
+        """Return a number that changes with the partitions read here; see Transport."""
+        reader = self._readers.get(subscription.label)
+        return -1 if reader is None else reader.inflow.assignment
+
+    async def backlog(self, subscription: Subscription) -> Backlog:
+        """Ask how far the group is behind the end; see Transport."""
+        reader = self._readers[subscription.label]
+        partitions = self._partitions[subscription.channel.name]
+        ends = await offload(self._cluster.ends, reader.topic, partitions)
+        known = await offload(self._cluster.committed, reader.group, reader.topic, partitions)
+        known |= reader.settled_offsets()
+        if missing := [number for number in ends if number not in known]:
+            begins = await offload(lambda: self._cluster.ends(reader.topic, partitions, earliest=True))
+            known |= {number: begins[number] for number in missing}
+        waiting = sum(max(0, end - known[number]) for number, end in ends.items())
+        return Backlog(waiting, sum(map(len, reader.held.values())))
+
+    async def tidy(self) -> None:
+        """Do nothing yet."""
+
+    async def drain(self) -> None:
+        """Stop reading; see Transport."""
+        for reader in self._readers.values():
+            reader.drain()
+
+    async def stop(self) -> None:
+        """Commit, leave the groups, disconnect."""
+        await self._link.stop()
+        await asyncio.gather(*(reader.stop() for reader in self._readers.values()))
+        self._readers.clear()
+        await self._publisher.stop()
+        await offload(self._cluster.close)
+
+
+async def _all(acts: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Await all of `acts` to their end, then raise what the first of them raised that failed."""
+    for failed in await asyncio.gather(*acts, return_exceptions=True):
+        if failed is not None:
+            raise failed

@@ -1,0 +1,265 @@
+"""What one process reads of one subscription of a Stream: the partitions whose tokens it holds.
+
+Invariant: a token is moved only past what is settled; a partition whose token is gone is dropped at once.
+Never does: decide who reads what (tokens.py, partitions.py). Read next: tokens.py.
+Source: RabbitMQ, "Streams": x-stream-offset; acknowledgements give credit only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+
+from trunkline.channel import Stream
+from trunkline.clock import Clock
+from trunkline.errors import TransportError
+from trunkline.inflow import Inflow
+from trunkline.partitions import CLOSE_S, Ownership, Watermark
+from trunkline.transport import Delivery, Subscription
+from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Channel, Connection
+from trunkline.transports.rabbitmq.queue_reader import read_message
+from trunkline.transports.rabbitmq.tokens import Tokens
+
+log = logging.getLogger("trunkline.rabbitmq")
+
+PREFETCH = 4000
+"""Messages of all partitions of a subscription that wait here or are under way."""
+LEAST_PREFETCH = 250
+"""Of one partition."""
+WINDOW = 20_000
+"""Messages settled behind one that is not, before a partition is read no further."""
+COMMIT_S = 0.25
+"""Between two commits of a partition."""
+BALANCE_S, SOON_S = 1.0, 0.3
+"""Between two looks at who reads what, if this process has its share, or not."""
+_OFFSET = b"\x00\x00\x00\x19\x0fx-stream-offsetl"
+
+
+def offset_of(arrived: Arrived) -> int:
+    """Return the position in the log of a message.
+
+    Raises: ValueError if the broker did not say it.
+    """
+    start = arrived.properties.find(_OFFSET, 0, 300)
+    if start >= 0:  # the only header, as with everything that Trunkline wrote
+        start += len(_OFFSET)
+        return int.from_bytes(arrived.properties[start : start + 8], "big")
+    offset = (arrived.decoded().headers or {}).get("x-stream-offset")
+    if not isinstance(offset, int):
+        raise ValueError(f"x-stream-offset is {offset!r}")  # noqa: TRY004 - one kind of error for what cannot be read
+    return offset
+
+
+class Part:
+    """One partition that is read here.
+
+    Attributes:
+        suspect: positions below it may have been in a handler when a process died.
+        high: one past the highest position that came.
+        credit: messages that came and were not acknowledged.
+    """
+
+    def __init__(self, number: int, start: int, suspect: int) -> None:
+        self.number = number
+        self.watermark = Watermark(start)
+        self.suspect = suspect
+        self.high = start
+        self.channel: Channel | None = None
+        self.closing = False
+        self._came = 0
+        self._settled = 0
+        self._acked = 0
+
+    def came(self, positions: list[int]) -> None:
+        """Note what came."""
+        self.watermark.take(positions)
+        self.high = positions[-1] + 1
+        self._came += len(positions)
+
+    def settle(self, positions: list[int]) -> None:
+        """Note what is finished; let the broker send as many more."""
+        self._settled = min(self._settled + len(positions), self._came)
+        self.watermark.done(position for position in positions if position >= self.watermark.low)
+        if self.channel is not None and self._settled > self._acked and len(self.watermark) < WINDOW:
+            self._acked = self._settled
+            self.channel.ack(self._acked, below=True)
+
+    def under_way(self) -> int:
+        """Return how many messages are here and not settled."""
+        return self._came - self._settled
+
+
+class StreamReader:
+    """Reader of the partitions of a Stream that this process owns.
+
+    Args:
+        logs: name of the stream queue of each partition.
+    """
+
+    def __init__(self, subscription: Subscription, logs: list[str], tokens: Tokens, clock: Clock) -> None:
+        assert isinstance(subscription.channel, Stream)  # noqa: S101 - chosen by the caller
+        self.subscription = subscription
+        self.inflow = Inflow(subscription)
+        self.logs = logs
+        self.tokens = tokens
+        self.parts: dict[int, Part] = {}
+        self._clock = clock
+        self._prefetch = max(LEAST_PREFETCH, PREFETCH // len(logs))
+        self._connection: Connection | None = None
+        self._draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self.ownership = Ownership(
+            subscription.label, len(logs), tokens, clock, opened=self._opened, closed=self._closed
+        )
+
+    async def open(self, connection: Connection) -> None:
+        """Begin to share the partitions.
+
+        Raises: AmqpError.
+        """
+        if self._draining:
+            return
+        await self.tokens.open(connection)
+        self._connection = connection
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(self._balance()), loop.create_task(self._commit_often())]
+
+    def lost(self) -> None:
+        """Drop everything: the broker gives the tokens to others."""
+        self._connection = None
+        self.tokens.lost()
+        self.ownership.held.clear()
+        self.inflow.forget()
+        if self.parts:
+            self.parts.clear()
+            self.inflow.reassigned()
+
+    async def _balance(self) -> None:
+        while True:
+            if self._connection is not None:
+                try:
+                    await self.ownership.step()
+                except TransportError as error:
+                    log.debug("%s: %s", self.subscription.label, error)
+            await self._clock.sleep(BALANCE_S if self.parts else SOON_S)
+
+    async def _commit_often(self) -> None:
+        while True:
+            await self._clock.sleep(COMMIT_S)
+            await self.commit(self.parts)
+
+    async def commit(self, partitions: Collection[int]) -> None:
+        """Write how far partitions are finished; what cannot be written is done again by whoever reads on."""
+        found = await asyncio.gather(*(self._commit(number) for number in list(partitions)), return_exceptions=True)
+        for result in found:
+            if isinstance(result, TransportError):
+                log.warning("%s: %s", self.subscription.label, result)
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _commit(self, number: int) -> None:
+        part = self.parts.get(number)
+        if part is not None:
+            await self.tokens.commit(number, part.watermark.low, part.high)
+
+    # --- partitions come and go ---
+
+    async def _opened(self, number: int) -> None:
+        start, suspect = self.tokens.start(number)
+        part = self.parts[number] = Part(number, start, suspect)
+        self.inflow.reassigned()
+        try:
+            await self._read(part, start)
+        except AmqpError as error:
+            self.parts.pop(number, None)
+            raise TransportError("E520", f"{self.logs[number]}: {error.text}", "it is tried again") from error
+
+    async def _read(self, part: Part, start: int) -> None:
+        if self._connection is None:
+            raise AmqpError(0, "not connected")
+        channel = await self._connection.channel()
+        channel.arrived = lambda batch: self._arrived(part, batch)
+        part.channel = channel
+        await channel.consume(self.logs[part.number], "s", self._prefetch, {"x-stream-offset": start})
+
+    async def _closed(self, number: int, planned: bool) -> None:  # noqa: FBT001 - as Ownership calls it
+        part = self.parts.get(number)
+        if part is None:
+            return
+        part.closing = True
+        if part.channel is not None:
+            await part.channel.close()
+        part.watermark.give_back(len(self.inflow.forget(number)))
+        if planned and not self._draining:
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await part.watermark.idle()
+            except TimeoutError:
+                log.warning(
+                    "%s: partition %d moves with %d messages unfinished here; they come again",
+                    self.subscription.label, number, len(part.watermark),
+                )  # fmt: skip
+        if planned:
+            await self.commit([number])
+        self.parts.pop(number, None)
+        self.inflow.reassigned()
+
+    # --- messages ---
+
+    def _arrived(self, part: Part, batch: list[Arrived]) -> None:
+        if part.closing or self.parts.get(part.number) is not part:
+            return
+        subscription, number, suspect = self.subscription, part.number, part.suspect
+        kind, log_name = subscription.channel.plain, self.logs[number]
+        now = 0.0 if kind is None else self._clock.now()
+        deliveries, positions = [], []
+        for arrived in batch:
+            position = offset_of(arrived)
+            message = read_message(arrived, kind, log_name, f"{log_name}/{position}", now)
+            positions.append(position)
+            deliveries.append(
+                Delivery(
+                    subscription,
+                    message,
+                    arrived.body if message is None else None,
+                    None if message is None else message.partitionkey,
+                    position,
+                    number,
+                    suspect=position < suspect,
+                )
+            )
+        part.came(positions)
+        self.inflow.put(deliveries)
+
+    def settle(self, number: int, positions: list[int]) -> None:
+        """Note what is finished of a partition; nothing if it is not read here any more."""
+        part = self.parts.get(number)
+        if part is not None:
+            part.settle(positions)
+
+    # --- the end ---
+
+    async def drain(self) -> None:
+        """Receive no more; keep the partitions until what is under way is settled."""
+        self._draining = True
+        for part in self.parts.values():
+            part.closing = True
+        for delivery in reversed(self.inflow.drain()):
+            part_of = self.parts.get(delivery.partition)
+            if part_of is not None:
+                part_of.watermark.give_back(1)
+
+    async def stop(self) -> None:
+        """Give everything back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._connection is not None:
+            try:
+                await self.ownership.leave()
+            except TransportError as error:
+                log.debug("%s: %s", self.subscription.label, error)
+        self.lost()
