@@ -29,7 +29,7 @@ from trunkline.parking import Parking
 from trunkline.policies.retry import describe
 from trunkline.service import Background, Service, System
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, dead_letter_queue, resolve
-from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
+from trunkline.transport import Backlog, Staged, Subscription, Transport, load_adapter, parse_address
 
 log = logging.getLogger("trunkline.app")
 T = TypeVar("T")
@@ -77,6 +77,8 @@ class App:
         self._ended: asyncio.Future[None] | None = None
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
+        self._started = False
+        self._stopping = asyncio.Lock()
 
     # --- start and stop ---
 
@@ -106,9 +108,11 @@ class App:
                 queue = dead_letter_queue(subscription.name)
                 channels.setdefault(queue.name, queue)
         await self.transport.start(channels.values(), subscriptions)
+        self._started = True
         try:
             shared = await self.store.start(self.transport, subscriptions)
         except BaseException:
+            self._started = False
             await self.transport.stop()
             raise
         try:
@@ -195,7 +199,13 @@ class App:
         return consumer
 
     async def stop(self) -> None:
-        """Stop receiving, finish what is under way, flush the outbox, settle, close."""
+        """Stop receiving, finish what is under way, flush the outbox, settle, close; nothing if it does not run."""
+        async with self._stopping:
+            if self._started:
+                self._started = False
+                await self._stop()
+
+    async def _stop(self) -> None:
         for task in self._backgrounds:
             task.cancel()
         await asyncio.gather(*self._backgrounds, return_exceptions=True)
@@ -362,6 +372,14 @@ class App:
         unit.staged = tuple(staged)
         self.store.submit(unit)
         await future
+
+    async def backlog(self) -> dict[str, Backlog]:
+        """Return how far each subscription of this App is behind, by label (`name@channel`).
+
+        Raises: TransportError if the broker does not answer.
+        """
+        subscriptions = [consumer.subscription for consumer in self._consumers]
+        return {one.label: await self.transport.backlog(one) for one in subscriptions}
 
     def running(self, service: Service | str) -> Running:
         """Return one service at work: its resources and units of work.
