@@ -321,7 +321,7 @@ async def test_a_message_that_is_too_large_is_refused_alone(url):
 
 
 async def test_a_message_for_a_channel_that_does_not_exist_is_refused(url):
-    async with started(f"{url}&timeout_s=3", channels=[Queue("jobs")]) as transport:
+    async with started(url.replace("timeout_s=30", "timeout_s=10"), channels=[Queue("jobs")]) as transport:
         with pytest.raises((PublishError, TransportError), match=r"E313|E521"):
             await transport.send([staged(Queue("unknown"), 1)])
 
@@ -424,7 +424,7 @@ async def test_publishing_and_reading_go_on_after_a_restart(url):
 
 async def test_publishing_while_the_broker_is_gone_ends_with_an_error_that_says_so(url):
     jobs = Queue("jobs")
-    async with started(url.replace("timeout_s=30", "timeout_s=4"), channels=[jobs]) as transport:
+    async with started(url.replace("timeout_s=30", "timeout_s=10"), channels=[jobs]) as transport:
         await transport.send([staged(jobs, 1)])
         await asyncio.to_thread(kill, "kafka")
         try:
