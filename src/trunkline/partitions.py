@@ -153,9 +153,24 @@ class Ownership:
             self.held.add(partition)
 
     async def _give_back(self, partitions: Sequence[int]) -> None:
-        await asyncio.gather(*(self._closed(partition, True) for partition in partitions))  # noqa: FBT003
+        closing = asyncio.gather(*(self._closed(partition, True) for partition in partitions))  # noqa: FBT003
+        renewing = asyncio.create_task(self._renew())
+        try:
+            await closing
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
         self.held.difference_update(partitions)
         await self._leases.release(partitions)
+
+    async def _renew(self) -> None:
+        """Keep every lease while partitions are waited for; what is lost meanwhile the next step finds out."""
+        while True:
+            await self._clock.sleep(self._lease_s / 5)
+            try:
+                await self._leases.keep(self.held)
+            except TransportError as error:
+                log.warning("%s: leases not renewed: %s", self._label, error)
 
     async def lose(self, partitions: Collection[int]) -> None:
         """Stop reading partitions that are another process's now."""

@@ -43,22 +43,34 @@ async def nats(url: str, channel: Channel, body: bytes, headers: dict[str, str])
 
 
 async def rabbitmq(url: str, channel: Channel, body: bytes, headers: dict[str, str]) -> None:
-    import aio_pika
+    import aiormq
 
-    connection = await aio_pika.connect(url.partition("?")[0])
-    async with connection:
+    connection = await aiormq.connect(url.partition("?")[0])
+    try:
         opened = await connection.channel()
         name = f"{prefix_of(url)}.{channel.name}"
-        exchange = await opened.get_exchange(name, ensure=False)
         attributes = {key: value for key, value in headers.items() if key != "content-type"}
-        message = aio_pika.Message(
-            body, headers=prefixed(attributes, "cloudEvents:"), content_type=headers.get("content-type")
+        properties = aiormq.spec.Basic.Properties(
+            headers=prefixed(attributes, "cloudEvents:"), content_type=headers.get("content-type"), delivery_mode=2
         )
-        await exchange.publish(message, "0" if channel.kind == "stream" else name)
+        key = {"queue": name, "topic": "", "stream": "0"}[channel.kind]
+        await opened.basic_publish(body, exchange=name, routing_key=key, properties=properties)
+    finally:
+        await connection.close()
+
+
+async def redis(url: str, channel: Channel, body: bytes, headers: dict[str, str]) -> None:
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(url.partition("?")[0]) as client:
+        part = "0" if channel.kind == "stream" else "log"
+        fields = {**prefixed(headers, "ce_"), "data": body}
+        await client.xadd(f"{prefix_of(url)}:{{{channel.name}}}:{part}", fields)
 
 
 PUBLISHERS: dict[str, Callable[[str, Channel, bytes, dict[str, str]], Awaitable[None]]] = {
     "amqp": rabbitmq,
     "kafka": kafka,
     "nats": nats,
+    "redis": redis,
 }

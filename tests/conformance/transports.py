@@ -40,7 +40,7 @@ KNOWN = {
 }
 
 # What is tested: a transport that is here must pass.
-ON = ("memory", "sqlite")
+ON = ("memory", "sqlite", "redis", "nats", "rabbitmq", "kafka", "postgres")
 
 TRANSPORTS = {name: KNOWN[name] for name in ON}
 

@@ -161,3 +161,29 @@ async def test_what_nobody_began_with_is_taken_back_and_not_waited_for():
     mark.done([11])
     await waiting
     assert (mark.low, len(mark)) == (13, 0)
+
+
+async def test_leases_are_renewed_while_a_partition_that_moves_is_waited_for(clock):
+    one = Member(Table(), clock)
+    await one.ownership.step()
+    finished = asyncio.Event()
+    renewed: list[set[int]] = []
+    keep = one.leases.keep
+
+    async def closed(_partition, _moves):
+        await finished.wait()
+
+    async def noted(held):
+        renewed.append(set(held))
+        return await keep(held)
+
+    one.ownership._closed, one.leases.keep = closed, noted
+    leaving = asyncio.create_task(one.ownership.leave())
+    for _ in range(5):  # until it waits for its clock
+        await asyncio.sleep(0)
+    await clock.advance(2.0)
+    await clock.advance(2.1)
+    assert renewed == [set(range(8))] * 2
+    finished.set()
+    await leaving
+    assert one.leases.table.holders == {}

@@ -67,7 +67,7 @@ class EffectTable:
         return bool(list(connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (self.name,))))
 
     async def _read_postgres(self, query: str) -> list[tuple[Any, ...]]:
-        import asyncpg  # type: ignore[import-untyped]
+        import asyncpg
 
         connection = await asyncpg.connect(self.store.partition("?")[0])
         try:

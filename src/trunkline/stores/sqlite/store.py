@@ -547,4 +547,7 @@ def _event(delivery: Delivery) -> bytes:
 
 
 def _attempt_id(delivery: Delivery) -> str:
+    message = delivery.message
+    if message is not None:
+        return f"{message.tenantid or ''}/{message.identity}/{delivery.row}"  # a broker may give it another position
     return f"{delivery.partition}/{delivery.position}/{delivery.row}"

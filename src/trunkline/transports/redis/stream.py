@@ -12,6 +12,7 @@ Read next: ../../partitions.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -232,22 +233,12 @@ class StreamReader(Reader):
         self.inflow.forget(partition)
         if planned and not self._leaving:
             state.closing = True
-            await self._until_idle(state)
+            with contextlib.suppress(TimeoutError):  # what is unfinished then is the next owner's too
+                async with asyncio.timeout(CLOSE_S):
+                    await state.mark.idle()
         self._partitions.pop(partition, None)
         self.inflow.forget(partition)
         self.inflow.reassigned()
-
-    async def _until_idle(self, state: _Partition) -> None:
-        """Wait for what is under way in a partition that is to move; meanwhile the lease is kept."""
-        slice_s = self._server.lease_s / 4
-        for _ in range(max(1, int(CLOSE_S / slice_s))):
-            try:
-                async with asyncio.timeout(slice_s):
-                    await state.mark.idle()
-            except TimeoutError:
-                await self.keep(self._ownership.held)
-            else:
-                return
 
     async def drain(self) -> None:
         """Stop reading; the partitions stay here until what is under way is settled."""
