@@ -100,7 +100,7 @@ async def test_a_stream_with_other_partitions_is_refused(url):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ("?prefix=x", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
+        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
         ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
     ],
 )  # fmt: skip
@@ -328,6 +328,97 @@ async def test_many_processes_append_to_one_stream_without_losing_or_doubling_a_
 
 
 # --- processes that die, servers that go ---
+
+
+class Proxy:
+    """Passes bytes on, and cuts the connection when the server has got a word and has answered, unheard."""
+
+    def __init__(self, server: str) -> None:
+        parts = urlsplit(server)
+        self._place = parts.hostname, parts.port
+        self._parts = parts
+        self.word: bytes | None = None
+        self.cuts = 0
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = self._parts._replace(netloc=f"postgres@127.0.0.1:{port}").geturl()
+        return self
+
+    async def __aexit__(self, *_error):
+        self._server.close()
+
+    async def _connected(self, reader, writer):
+        from_server, to_server = await asyncio.open_connection(*self._place)
+        cut = asyncio.Event()
+
+        async def there():
+            while data := await reader.read(65536):
+                if self.word is not None and self.word in data:
+                    self.word = None
+                    self.cuts += 1
+                    cut.set()
+                to_server.write(data)
+            to_server.close()
+
+        async def back():
+            while data := await from_server.read(65536):
+                if cut.is_set():  # it has done it, and nobody hears of it
+                    writer.transport.abort()
+                    break
+                writer.write(data)
+            writer.close()
+            to_server.close()
+
+        with contextlib.suppress(OSError):
+            await asyncio.gather(there(), back())
+
+
+@pytest.mark.parametrize("kind", ["at once", "in a group", "from a handler", "in a transaction"])
+async def test_what_was_committed_though_the_answer_was_lost_is_not_done_again(url, server, kind):
+    Job, News, Entry = channels()
+    heard, done = [], []
+    service = with_totals(Job, News, done, transaction=kind == "in a transaction")
+    schema = schema_of(url)
+    async with Proxy(server) as proxy, App(reading("reader", News, heard), url):
+        async with App(service, f"{proxy.url}?schema={schema}") as app:
+            await asyncio.sleep(0.2)
+            if kind == "at once":
+                proxy.word = b"WITH fence"  # the statement is prepared on its first use
+                await app.publish(Entry("a", 1))
+                proxy.word = b"entry"
+                await app.publish(Entry("a", 2))
+            elif kind == "in a group":
+                proxy.word = b"COMMIT"
+                await app.publish(News(1))
+                await until(lambda: heard)
+            else:
+                proxy.word = b"COMMIT"
+                await app.send(Job(1))
+                await until(lambda: heard)
+            await asyncio.sleep(1.5)
+            assert proxy.cuts
+            if kind == "at once":
+                with psycopg.connect(server) as connection:
+                    found = connection.execute(f"SELECT count(*) FROM {schema}.log").fetchone()
+                assert found == (2,)
+            else:
+                assert [news.number for news in heard] == [1]
+
+
+def with_totals(Job, News, done, *, transaction):
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: Job, ctx: Context) -> News:
+        if transaction:
+            await ctx.transaction()
+        done.append(job.number)
+        return News(job.number)
+
+    return service
+
 
 CONSUMER = """
 import asyncio, sys
