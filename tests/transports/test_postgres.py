@@ -381,7 +381,7 @@ async def test_what_was_committed_though_the_answer_was_lost_is_not_done_again(u
     heard, done = [], []
     service = with_totals(Job, News, done, transaction=kind == "in a transaction")
     schema = schema_of(url)
-    async with Proxy(server) as proxy, App(reading("reader", News, heard), url):
+    async with Proxy(server) as proxy, App(reading("reader", News, heard), url):  # noqa: SIM117 - needs its URL
         async with App(service, f"{proxy.url}?schema={schema}") as app:
             await asyncio.sleep(0.2)
             if kind == "at once":

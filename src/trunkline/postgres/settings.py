@@ -84,7 +84,9 @@ def read_settings(address: Address) -> Settings:
     schema = options.text("schema", options.text("prefix", "trunkline")) or ""
     if not _SCHEMA_NAME.fullmatch(schema):
         raise ConfigurationError(
-            "E241", f"schema={schema!r} in the URL of {address.shown}", "lower-case letters, digits, '_', '-' and '.', up to 48"
+            "E241",
+            f"schema={schema!r} in the URL of {address.shown}",
+            "lower-case letters, digits, '_', '-' and '.', up to 48",
         )
     database = address.path.strip("/")
     if not database:
