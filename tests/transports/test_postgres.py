@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,8 @@ import pytest
 
 from tests import brokers
 from tests.brokers import broker_url
-from trunkline import App, Context, Queue, Service, Stream, Struct, Topic
+from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
+from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
 
 
@@ -181,6 +183,66 @@ async def test_a_pooler_in_transaction_mode_is_served_without_prepared_statement
         await first.send(Job(1))
         await second.publish(Entry("a", 2))
         await until(lambda: jobs and entries)
+
+
+# --- what is kept, and for how long ---
+
+
+async def test_messages_and_handled_ids_are_forgotten_when_their_time_is_over(url, server):
+    log = Stream("pg-short", key="key", partitions=2, retention_s=3600.0)
+
+    @log.event
+    class Short(Struct):
+        key: str
+
+    found, clock = [], ManualClock(time.time())
+    async with App(reading("reader", Short, found), url, clock=clock) as app:
+        await app.publish_all([Short(f"key {n}") for n in range(20)])
+        await until(lambda: len(found) == 20)
+        await app.publish_all([])  # a group writes the cursors of the one before
+        clock._now += 3000
+        await app.publish(Short("late"))
+        await until(lambda: len(found) == 21)
+        with psycopg.connect(server, autocommit=True) as connection:
+
+            def rows(table):
+                return connection.execute(f"SELECT count(*) FROM {schema_of(url)}.{table}").fetchone()[0]
+
+            await app.store.tidy()
+            await app.transport.tidy()
+            assert (rows("log"), rows("inbox")) == (21, 21)
+            clock._now += 1000
+            await app.store.tidy()
+            await app.transport.tidy()
+            assert (rows("log"), rows("inbox")) == (1, 21)
+            clock._now += 7 * 24 * 3600 - 900
+            await app.store.tidy()
+            assert rows("inbox") == 1
+
+
+@pytest.mark.parametrize("transport", ["sqlite", "another schema"])
+async def test_it_keeps_the_state_of_services_on_another_transport(url, server, tmp_path, transport):
+    Job, News, Entry = channels()
+    jobs, heard = [], []
+    service = with_totals(Job, News, jobs, transaction=True)
+
+    @service.handle
+    async def hear(news: News) -> Entry:
+        heard.append(news.number)
+        return Entry("a", news.number)
+
+    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?schema={schema_of(url)}x"
+    entries = []
+    async with App(System("both", [service, reading("reader", Entry, entries)]), carrier, store=url) as app:
+        for _ in range(2):
+            await asyncio.gather(*(app.send(Job(n), id=f"job {n}") for n in range(20)))
+        await app.schedule(Job(99), timedelta(seconds=0.2))
+        await until(lambda: len(entries) == 21)
+        await asyncio.sleep(0.3)
+    assert sorted(entry.number for entry in entries) == sorted(heard) == [*range(20), 99]
+    if transport != "sqlite":
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA {schema_of(url)}x CASCADE")
 
 
 # --- several processes ---
