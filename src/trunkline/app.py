@@ -97,7 +97,7 @@ class App:
         Raises: DefinitionError, ConfigurationError or TransportError; then nothing was received.
         """
         self.system.check()
-        self.check_promises()
+        check_promises(self)
         if self._ended is None:
             self._ended = asyncio.get_running_loop().create_future()
         plans = list(plans_of(self.system))
@@ -393,36 +393,6 @@ class App:
 
     # --- checks and resources ---
 
-    def check_promises(self) -> None:
-        """Refuse what neither transport nor store can keep.
-
-        Raises: DefinitionError E116 or E117.
-        """
-        capabilities = self.transport.capabilities
-        for service in self.system.services:
-            for handler in service.handlers:
-                channel = handler.channel
-                if isinstance(channel, Queue) and channel.priority and not capabilities.priority:
-                    raise DefinitionError(
-                        "E116",
-                        f"queue {channel.name!r} asks for priority,"
-                        f" which {parse_address(self.transport_url).shown} cannot keep",
-                        "use another transport or declare the queue without priority",
-                    )
-                if channel.kind == "stream" and handler.options.after_dead_letter == "hold" and not self.store.keeps:
-                    raise DefinitionError(
-                        "E117",
-                        f"{handler.name} holds a key behind its dead letter, and {self.store_url} keeps nothing",
-                        'name a store, or say handle(after_dead_letter="continue")',
-                    )
-                if handler.options.retry.longest_s >= INBOX_WINDOW_S:
-                    raise DefinitionError(
-                        "E115",
-                        f"{handler.name} retries for up to {handler.options.retry.longest_s:.0f} s, longer than the"
-                        f" inbox remembers ({INBOX_WINDOW_S:.0f} s)",
-                        "shorten delays_s",
-                    )
-
     async def _open_resources(self, service: Service) -> dict[Any, Any]:
         opened: dict[Any, Any] = {}
         for cls, factory in service.factories.items():
@@ -503,6 +473,37 @@ class Running:
         unit.end_context()
         self.app.store.submit(unit)
         await future
+
+
+def check_promises(app: App) -> None:
+    """Refuse what neither the transport nor the store of an App can keep.
+
+    Raises: DefinitionError E115, E116 or E117.
+    """
+    capabilities = app.transport.capabilities
+    for service in app.system.services:
+        for handler in service.handlers:
+            channel = handler.channel
+            if isinstance(channel, Queue) and channel.priority and not capabilities.priority:
+                raise DefinitionError(
+                    "E116",
+                    f"queue {channel.name!r} asks for priority,"
+                    f" which {parse_address(app.transport_url).shown} cannot keep",
+                    "use another transport or declare the queue without priority",
+                )
+            if channel.kind == "stream" and handler.options.after_dead_letter == "hold" and not app.store.keeps:
+                raise DefinitionError(
+                    "E117",
+                    f"{handler.name} holds a key behind its dead letter, and {app.store_url} keeps nothing",
+                    'name a store, or say handle(after_dead_letter="continue")',
+                )
+            if handler.options.retry.longest_s >= INBOX_WINDOW_S:
+                raise DefinitionError(
+                    "E115",
+                    f"{handler.name} retries for up to {handler.options.retry.longest_s:.0f} s, longer than the"
+                    f" inbox remembers ({INBOX_WINDOW_S:.0f} s)",
+                    "shorten delays_s",
+                )
 
 
 def plans_of(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,8 @@ import pytest
 
 from tests import brokers
 from tests.brokers import broker_url
-from trunkline import App, Context, Queue, Service, Stream, Struct, Topic
+from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
+from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
 
 
@@ -53,7 +55,7 @@ async def until(condition, within_s: float = 15.0) -> None:
 
 
 def channels():
-    jobs, news, log = Queue("jobs"), Topic("news"), Stream("log", key="key", partitions=4)
+    jobs, news, log = Queue("pg-jobs"), Topic("pg-news"), Stream("pg-log", key="key", partitions=4)
 
     @jobs.command
     class Job(Struct):
@@ -84,23 +86,20 @@ def reading(name, cls, found):
 # --- what is declared, what is asked for ---
 
 
-async def test_a_stream_with_other_partitions_is_refused(url):
-    async with App(reading("one", channels()[2], []), url):
+async def test_a_stream_with_other_partitions_is_refused(url, server):
+    _, _, Entry = channels()
+    async with App(reading("one", Entry, []), url):
         pass
-    log = Stream("log", key="key", partitions=8)
-
-    @log.event(type="entry")
-    class Entry(Struct):
-        key: str
-
-    with pytest.raises(ConfigurationError, match="E207 stream 'log' with 8 partitions exists as stream with 4"):
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"UPDATE {schema_of(url)}.channel SET partitions = 8 WHERE name = 'pg-log'")
+    with pytest.raises(ConfigurationError, match="E207 stream 'pg-log' with 4 partitions exists as stream with 8"):
         await App(reading("one", Entry, []), url).start()
 
 
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ("?prefix=x", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
+        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
         ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
     ],
 )  # fmt: skip
@@ -186,6 +185,66 @@ async def test_a_pooler_in_transaction_mode_is_served_without_prepared_statement
         await until(lambda: jobs and entries)
 
 
+# --- what is kept, and for how long ---
+
+
+async def test_messages_and_handled_ids_are_forgotten_when_their_time_is_over(url, server):
+    log = Stream("pg-short", key="key", partitions=2, retention_s=3600.0)
+
+    @log.event
+    class Short(Struct):
+        key: str
+
+    found, clock = [], ManualClock(time.time())
+    async with App(reading("reader", Short, found), url, clock=clock) as app:
+        await app.publish_all([Short(f"key {n}") for n in range(20)])
+        await until(lambda: len(found) == 20)
+        await app.publish_all([])  # a group writes the cursors of the one before
+        clock._now += 3000
+        await app.publish(Short("late"))
+        await until(lambda: len(found) == 21)
+        with psycopg.connect(server, autocommit=True) as connection:
+
+            def rows(table):
+                return connection.execute(f"SELECT count(*) FROM {schema_of(url)}.{table}").fetchone()[0]
+
+            await app.store.tidy()
+            await app.transport.tidy()
+            assert (rows("log"), rows("inbox")) == (21, 21)
+            clock._now += 1000
+            await app.store.tidy()
+            await app.transport.tidy()
+            assert (rows("log"), rows("inbox")) == (1, 21)
+            clock._now += 7 * 24 * 3600 - 900
+            await app.store.tidy()
+            assert rows("inbox") == 1
+
+
+@pytest.mark.parametrize("transport", ["sqlite", "another schema"])
+async def test_it_keeps_the_state_of_services_on_another_transport(url, server, tmp_path, transport):
+    Job, News, Entry = channels()
+    jobs, heard = [], []
+    service = with_totals(Job, News, jobs, transaction=True)
+
+    @service.handle
+    async def hear(news: News) -> Entry:
+        heard.append(news.number)
+        return Entry("a", news.number)
+
+    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?schema={schema_of(url)}x"
+    entries = []
+    async with App(System("both", [service, reading("reader", Entry, entries)]), carrier, store=url) as app:
+        for _ in range(2):
+            await asyncio.gather(*(app.send(Job(n), id=f"job {n}") for n in range(20)))
+        await app.schedule(Job(99), timedelta(seconds=0.2))
+        await until(lambda: len(entries) == 21)
+        await asyncio.sleep(0.3)
+    assert sorted(entry.number for entry in entries) == sorted(heard) == [*range(20), 99]
+    if transport != "sqlite":
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA {schema_of(url)}x CASCADE")
+
+
 # --- several processes ---
 
 
@@ -268,11 +327,13 @@ async def test_partitions_move_to_a_process_that_joins_and_back_in_order(url):
                 await asyncio.sleep(0.05)
             await until(lambda: sum(map(len, by)) >= sent)
             assert by[1]
-            first, second = (app.transport._readers["reader@log"].partitions for app in (one, two))
+            first, second = (app.transport._readers["reader@pg-log"].partitions for app in (one, two))
             assert (len(first), len(second)) == (2, 2)
         await publish(100)
         await until(lambda: sum(map(len, by)) >= sent)
-        assert (await one.transport.backlog(one._consumers[0].subscription)).waiting == 0
+        async with asyncio.timeout(5):
+            while (await one.transport.backlog(one._consumers[0].subscription)).waiting:
+                await asyncio.sleep(0.02)
     assert sum(map(len, by)) == sent
     assert all(numbers == sorted(numbers) for numbers in seen.values())
 
@@ -329,11 +390,102 @@ async def test_many_processes_append_to_one_stream_without_losing_or_doubling_a_
 
 # --- processes that die, servers that go ---
 
+
+class Proxy:
+    """Passes bytes on, and cuts the connection when the server has got a word and has answered, unheard."""
+
+    def __init__(self, server: str) -> None:
+        parts = urlsplit(server)
+        self._place = parts.hostname, parts.port
+        self._parts = parts
+        self.word: bytes | None = None
+        self.cuts = 0
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        self.url = self._parts._replace(netloc=f"postgres@127.0.0.1:{port}").geturl()
+        return self
+
+    async def __aexit__(self, *_error):
+        self._server.close()
+
+    async def _connected(self, reader, writer):
+        from_server, to_server = await asyncio.open_connection(*self._place)
+        cut = asyncio.Event()
+
+        async def there():
+            while data := await reader.read(65536):
+                if self.word is not None and self.word in data:
+                    self.word = None
+                    self.cuts += 1
+                    cut.set()
+                to_server.write(data)
+            to_server.close()
+
+        async def back():
+            while data := await from_server.read(65536):
+                if cut.is_set():  # it has done it, and nobody hears of it
+                    writer.transport.abort()
+                    break
+                writer.write(data)
+            writer.close()
+            to_server.close()
+
+        with contextlib.suppress(OSError):
+            await asyncio.gather(there(), back())
+
+
+@pytest.mark.parametrize("kind", ["at once", "in a group", "from a handler", "in a transaction"])
+async def test_what_was_committed_though_the_answer_was_lost_is_not_done_again(url, server, kind):
+    Job, News, Entry = channels()
+    heard, done = [], []
+    service = with_totals(Job, News, done, transaction=kind == "in a transaction")
+    schema = schema_of(url)
+    async with Proxy(server) as proxy, App(reading("reader", News, heard), url):  # noqa: SIM117 - needs its URL
+        async with App(service, f"{proxy.url}?schema={schema}") as app:
+            await asyncio.sleep(0.2)
+            if kind == "at once":
+                proxy.word = b"WITH fence"  # the statement is prepared on its first use
+                await app.publish(Entry("a", 1))
+                proxy.word = b"entry"
+                await app.publish(Entry("a", 2))
+            elif kind == "in a group":
+                proxy.word = b"COMMIT"
+                await app.publish(News(1))
+                await until(lambda: heard)
+            else:
+                proxy.word = b"COMMIT"
+                await app.send(Job(1))
+                await until(lambda: heard)
+            await asyncio.sleep(1.5)
+            assert proxy.cuts
+            if kind == "at once":
+                with psycopg.connect(server) as connection:
+                    found = connection.execute(f"SELECT count(*) FROM {schema}.log").fetchone()
+                assert found == (2,)
+            else:
+                assert [news.number for news in heard] == [1]
+
+
+def with_totals(Job, News, done, *, transaction):
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: Job, ctx: Context) -> News:
+        if transaction:
+            await ctx.transaction()
+        done.append(job.number)
+        return News(job.number)
+
+    return service
+
+
 CONSUMER = """
 import asyncio, sys
 from trunkline import App, Context, Queue, Service, Stream, Struct
 
-jobs, log = Queue("jobs"), Stream("log", key="key", partitions=4)
+jobs, log = Queue("pg-jobs"), Stream("pg-log", key="key", partitions=4)
 
 @jobs.command
 class Job(Struct):

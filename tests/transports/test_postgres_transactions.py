@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from tests.brokers import broker_url
+from tests.docs.test_code_blocks import ROOT, run_blocks
 from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
 from trunkline.errors import ConfigurationError, PublishError, TransactionError
 
@@ -327,3 +328,7 @@ async def test_publishing_within_what_has_no_transaction_or_is_no_connection_is_
     async with App(Service("other"), f"sqlite:///{tmp_path}/x.db") as app:
         with pytest.raises(ConfigurationError, match="E250"):
             await app.publish(job(1), within=object())
+
+
+async def test_the_page_about_postgresql_does_what_it_says(url, tmp_path):
+    await asyncio.to_thread(run_blocks, ROOT / "docs/how-to/postgresql.md", tmp_path, {"SHOP_DATABASE": url})

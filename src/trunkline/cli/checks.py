@@ -18,7 +18,7 @@ from typing import Literal
 import apsw
 import msgspec
 
-from trunkline.app import App
+from trunkline.app import App, check_promises
 from trunkline.cli.embedded import EmbeddedFile, file_path
 from trunkline.cli.terminal import ago, size
 from trunkline.clock import system_clock
@@ -218,7 +218,7 @@ def system_checks(system: System, settings: Settings) -> Iterator[Check]:
     """Yield whether the declarations hold together, can run here, and retries fit the inbox."""
     try:
         system.check()
-        App(system, settings.transport, store=settings.store).check_promises()
+        check_promises(App(system, settings.transport, store=settings.store))
         yield Check("system", "declarations", "ok", ", ".join(service.name for service in system.services))
     except DefinitionError as error:
         yield Check("system", "declarations", "fail", f"{error.code} {error.message}", error.hint)

@@ -77,6 +77,8 @@ def channel_named(settings: Settings, name: str) -> tuple[Channel, str]:
 
     Raises: ConfigurationError E210 to E214, E233; DefinitionError.
     """
+    if settings.app is None:
+        inspector_of(settings.transport)
     target = load_target(settings)
     channels = channels_of(target.system)
     for _, subscription, _ in plans_of(target.system):
@@ -97,6 +99,8 @@ async def backlogs(settings: Settings) -> list[SubscriptionBacklog]:
     if parse_address(settings.transport).scheme == "sqlite":
         with open_file(settings.transport) as file:
             return file.backlogs(await _set_aside(settings), now)
+    if settings.app is None:
+        inspector_of(settings.transport)
     found, settings = named(settings)
     async with inspecting(settings.transport) as inspector:
         counts = await inspector.look(found.subscriptions)
@@ -120,11 +124,10 @@ async def _set_aside(settings: Settings) -> dict[str, SetAside] | None:
         return await letters.set_aside()
 
 
-@contextlib.asynccontextmanager
-async def inspecting(url: str) -> AsyncIterator[Inspector]:
-    """Open what looks at the broker of `url`.
+def inspector_of(url: str) -> Inspector:
+    """Return what looks at the broker of `url`, not yet opened.
 
-    Raises: ConfigurationError E230 if nothing can; E240 to E248; TransportError E520.
+    Raises: ConfigurationError E230 if nothing can; E201, E202, E240 to E242, E249.
     """
     load_adapter("trunkline.transports", url, system_clock)
     inspector = load_inspector(url, system_clock)
@@ -133,6 +136,16 @@ async def inspecting(url: str) -> AsyncIterator[Inspector]:
             "E230", f"{parse_address(url).shown} cannot be looked into from outside",
             "name an embedded file or a broker: --transport sqlite:///shop.db",
         )  # fmt: skip
+    return inspector
+
+
+@contextlib.asynccontextmanager
+async def inspecting(url: str) -> AsyncIterator[Inspector]:
+    """Open what looks at the broker of `url`.
+
+    Raises: ConfigurationError E230 if nothing can; E240 to E248; TransportError E520.
+    """
+    inspector = inspector_of(url)
     await inspector.open()
     try:
         yield inspector

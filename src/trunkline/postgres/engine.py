@@ -2,7 +2,7 @@
 
 Invariant: whatever `submit` was told is done is committed; a commit whose answer was lost is looked up, never guessed;
 what has an order commits in that order, in a group or in a transaction of its own.
-Never does: messages (transports/postgres) or inbox (stores/postgres.py). Read next: ../stores/postgres.py.
+Never does: messages (transports/postgres) or inbox (stores/postgres). Read next: ../stores/postgres/store.py.
 """
 
 from __future__ import annotations

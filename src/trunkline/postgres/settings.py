@@ -19,16 +19,16 @@ from trunkline.errors import ConfigurationError, StoreFullError, StoreLostError,
 from trunkline.link import TIMEOUT_S, Options
 from trunkline.transport import Address
 
-LEASE_S = 30.0
+LEASE_S = 10.0
 """A process that has not shown a sign of life for so long is taken over, even if its connection stands."""
 POOL = 10
 """Most handlers of one process that have a transaction open at the same time."""
-STATEMENTS = 200
+STATEMENTS = 100
 """Prepared statements kept per connection; 0 for a pooler in transaction mode."""
 OLDEST_VERSION = 13
 SSL_MODES = ("disable", "prefer", "require", "verify-ca", "verify-full")
 
-_SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+_SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,47}")
 _DISCONNECTED = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
@@ -80,10 +80,13 @@ def read_settings(address: Address) -> Settings:
     Raises: ConfigurationError E206 without a database, E240 or E241 for an option.
     """
     options = Options(address)
-    schema = options.text("schema", "trunkline") or ""
+    # The name that every adapter has for it stands for the schema too.
+    schema = options.text("schema", options.text("prefix", "trunkline")) or ""
     if not _SCHEMA_NAME.fullmatch(schema):
         raise ConfigurationError(
-            "E241", f"schema={schema!r} in the URL of {address.shown}", "lower-case letters, digits and '_', up to 48"
+            "E241",
+            f"schema={schema!r} in the URL of {address.shown}",
+            "lower-case letters, digits, '_', '-' and '.', up to 48",
         )
     database = address.path.strip("/")
     if not database:

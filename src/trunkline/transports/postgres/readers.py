@@ -110,6 +110,8 @@ class QueueReader(Reader):
 
     Attributes:
         held: places of the rows that this process has and has not settled.
+
+    `_high` is the last place it has claimed; `_certain` is False while it does not know what it has claimed.
     """
 
     def __init__(self, engine: Engine, subscription: Subscription, number: int, channel: int) -> None:
@@ -120,6 +122,7 @@ class QueueReader(Reader):
         self._scan = self._first
         self._scanned = engine.clock.monotonic()
         self._high = self._first
+        self._certain = True
         self._claiming = asyncio.Lock()
         self._claim_sql = engine.sql(CLAIM)
 
@@ -134,8 +137,11 @@ class QueueReader(Reader):
             if self.draining:
                 return False
             begin = self._scan
+            self._certain = False
             rows = await engine.fetch(self._claim_sql, engine.process, begin, self._end, BATCH)
             rows.sort()
+            self._high = max(self._high, rows[-1][0] if rows else 0)
+            self._certain = True
             fresh = [row for row in rows if row[0] not in self.held]
             self.held.update([row[0] for row in fresh])
         subscription = self.subscription
@@ -146,7 +152,6 @@ class QueueReader(Reader):
             await self.drain()
         if rows:
             self._scan = rows[-1][0]
-            self._high = max(self._high, self._scan)
         if len(rows) < BATCH:
             self._scan = self._first
         return len(rows) == BATCH or (bool(rows) and begin != self._first)
@@ -165,15 +170,17 @@ class QueueReader(Reader):
 
     async def stop(self) -> None:
         """Give back everything, also what was claimed by a statement whose answer nobody heard."""
-        await super().stop()
+        async with self._claiming:
+            await self.end()
         await self.give_back_others(())
 
     async def give_back_others(self, but: Collection[int]) -> None:
         """Give back what this process has according to the table and does not know of."""
         async with self._claiming:
-            await self.engine.fetch(
-                self.engine.sql(GIVE_BACK_OTHERS), self._first, self._end, self.engine.process, list(but)
-            )
+            # Rows behind the last one it heard of are looked through only if an answer went missing.
+            end = self._high + 1 if self._certain else self._end
+            await self.engine.fetch(self.engine.sql(GIVE_BACK_OTHERS), self._first, end, self.engine.process, list(but))
+            self._certain = True
 
     async def reconnected(self, *, anew: bool) -> None:
         """Forget what others have now, or give back what was claimed while the connection went."""
