@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 BROKERS ?= rabbitmq redis nats postgres kafka
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo brokers brokers-stop test check lint bench lock build clean
+.PHONY: help setup demo brokers brokers-stop test check lint bench matrix lock build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test: lint $(if $(CI),brokers) ## everything: style, types, imports and all test
 
 bench: setup ## all benchmarks, or one suite (SUITE=embedded)
 	$(PYTHON_BIN)/python -m benchmarks $(SUITE)
+
+matrix: setup ## run the conformance suite and write the support matrix (ON=sqlite: one transport)
+	$(PYTHON_BIN)/python -m tests.conformance.record $(ON)
 
 lock: setup ## renew requirements.lock (UPGRADE=1 takes newer versions)
 	$(PYTHON_BIN)/uv pip compile pyproject.toml --group dev --all-extras --universal \

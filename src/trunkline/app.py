@@ -29,7 +29,7 @@ from trunkline.parking import Parking
 from trunkline.policies.retry import describe
 from trunkline.service import Background, Service, System
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, dead_letter_queue, resolve
-from trunkline.transport import Staged, Subscription, Transport, load_adapter, parse_address
+from trunkline.transport import Backlog, Staged, Subscription, Transport, load_adapter, parse_address
 
 log = logging.getLogger("trunkline.app")
 T = TypeVar("T")
@@ -77,6 +77,8 @@ class App:
         self._ended: asyncio.Future[None] | None = None
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
+        self._started = False
+        self._stopping = asyncio.Lock()
 
     # --- start and stop ---
 
@@ -95,20 +97,22 @@ class App:
         Raises: DefinitionError, ConfigurationError or TransportError; then nothing was received.
         """
         self.system.check()
-        self._check_promises()
+        self.check_promises()
         if self._ended is None:
             self._ended = asyncio.get_running_loop().create_future()
-        plans = list(_plans(self.system))
+        plans = list(plans_of(self.system))
         subscriptions = [subscription for _, subscription, _ in plans]
-        channels = _channels(self.system)
+        channels = channels_of(self.system)
         if not self.store.keeps:
             for subscription in subscriptions:
                 queue = dead_letter_queue(subscription.name)
                 channels.setdefault(queue.name, queue)
         await self.transport.start(channels.values(), subscriptions)
+        self._started = True
         try:
             shared = await self.store.start(self.transport, subscriptions)
         except BaseException:
+            self._started = False
             await self.transport.stop()
             raise
         try:
@@ -195,7 +199,13 @@ class App:
         return consumer
 
     async def stop(self) -> None:
-        """Stop receiving, finish what is under way, flush the outbox, settle, close."""
+        """Stop receiving, finish what is under way, flush the outbox, settle, close; nothing if it does not run."""
+        async with self._stopping:
+            if self._started:
+                self._started = False
+                await self._stop()
+
+    async def _stop(self) -> None:
         for task in self._backgrounds:
             task.cancel()
         await asyncio.gather(*self._backgrounds, return_exceptions=True)
@@ -363,6 +373,14 @@ class App:
         self.store.submit(unit)
         await future
 
+    async def backlog(self) -> dict[str, Backlog]:
+        """Return how far each subscription of this App is behind, by label (`name@channel`).
+
+        Raises: TransportError if the broker does not answer.
+        """
+        subscriptions = [consumer.subscription for consumer in self._consumers]
+        return {one.label: await self.transport.backlog(one) for one in subscriptions}
+
     def running(self, service: Service | str) -> Running:
         """Return one service at work: its resources and units of work.
 
@@ -375,7 +393,11 @@ class App:
 
     # --- checks and resources ---
 
-    def _check_promises(self) -> None:
+    def check_promises(self) -> None:
+        """Refuse what neither transport nor store can keep.
+
+        Raises: DefinitionError E116 or E117.
+        """
         capabilities = self.transport.capabilities
         for service in self.system.services:
             for handler in service.handlers:
@@ -483,7 +505,7 @@ class Running:
         await future
 
 
-def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
+def plans_of(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     """Return the subscriptions of a system with their handlers."""
     found: dict[tuple[str, str], tuple[Service, Subscription, list[Handler]]] = {}
     for service in system.services:
@@ -504,7 +526,7 @@ def _plans(system: System) -> list[tuple[Service, Subscription, list[Handler]]]:
     return list(found.values())
 
 
-def _channels(system: System) -> dict[str, Channel]:
+def channels_of(system: System) -> dict[str, Channel]:
     """Return every channel that a system reads or publishes to, by name."""
     channels: dict[str, Channel] = {}
     for service in system.services:

@@ -21,6 +21,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _DIGITS = tuple(f"{number:02x}" for number in range(256))
 
+Draws = _random.Random
+"""Randomness that the same seed repeats: `Draws(7)`; for tests and faults, never for ids."""
+
 
 class Clock:
     """Wall clock, monotonic clock, sleep, UUIDv7 ids and randomness of the running machine."""

@@ -11,6 +11,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
+from zlib import crc32
 
 import msgspec
 
@@ -98,6 +99,11 @@ def read_packed(raw: bytes) -> Message | None:
         return unpack(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def partition_of(message: Message, partitions: int) -> int:
+    """Return in which partition of a Stream a message belongs: the same for each key, any without a key."""
+    return crc32((message.partitionkey or message.id).encode()) % partitions
 
 
 def checked(message: Message) -> Message:

@@ -12,11 +12,9 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Protocol
-from zlib import crc32
 
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
-from trunkline.message import Message
 
 log = logging.getLogger("trunkline.partitions")
 
@@ -24,11 +22,6 @@ LEASE_S = 10.0
 """How long a partition stays with a process that shows no sign of life."""
 CLOSE_S = 10.0
 """How long a partition that is to move waits for what is under way in it."""
-
-
-def partition_of(message: Message, partitions: int) -> int:
-    """Return in which partition of a Stream a message belongs: the same for each key, any without a key."""
-    return crc32((message.partitionkey or message.id).encode()) % partitions
 
 
 class Watermark:

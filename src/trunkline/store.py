@@ -134,6 +134,43 @@ class DeadLetterRow(msgspec.Struct, frozen=True):
     raw: bytes
 
 
+class ParkedRow(msgspec.Struct, frozen=True):
+    """A parked message that its subscription tries next, or would if no dead letter held its key.
+
+    Attributes:
+        subscription: `name@channel`.
+        message: its envelope, or None if it cannot be read.
+        due: when it is tried, seconds since the epoch.
+        attempt: failures so far.
+        reason: why it was parked.
+        behind: how many of its key wait behind it; None where nothing does, without order per key.
+        held_by: number of the dead letter that it waits behind, if it does.
+    """
+
+    subscription: str
+    message: Message | None
+    key: str | None
+    due: float
+    attempt: int
+    reason: str
+    behind: int | None
+    held_by: int | None
+
+
+class SetAside(msgspec.Struct, frozen=True):
+    """What a store holds of one subscription.
+
+    Attributes:
+        parked: messages that wait for their next try, behind one that does, or behind a dead letter.
+        dead: dead letters.
+        oldest: time of the oldest parked message; None if there is none.
+    """
+
+    parked: int = 0
+    dead: int = 0
+    oldest: float | None = None
+
+
 class Store(Protocol):
     """Transactional state of a service. Implementations are found by entry point `trunkline.stores`.
 

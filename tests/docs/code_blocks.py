@@ -8,7 +8,8 @@ The blocks of a page run in order, in the current folder, and share one namespac
 - `sh` and `bash` run as one script; any other language does nothing.
 
 An HTML comment before a block changes that: `<!-- file: shop.py -->` writes the block to a file,
-`<!-- exit: 2 -->` expects another exit status, `<!-- no-run: reason -->` skips the block.
+`<!-- exit: 2 -->` expects another exit status, `<!-- no-run: reason -->` skips the block,
+`<!-- broker: redis -->` runs it only where the variable BROKER has the URL of one.
 
 Run as a program (`python code_blocks.py PAGE`) so that a page can neither see nor spoil the tests'
 own process; the exit status is 1 and the error names page and line when a block fails.
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)")
-MARKER = re.compile(r"^\s*<!--\s*(?P<name>file|exit|no-run)\b\s*:?\s*(?P<value>.*?)\s*-->\s*$")
+MARKER = re.compile(r"^\s*<!--\s*(?P<name>file|exit|no-run|broker)\b\s*:?\s*(?P<value>.*?)\s*-->\s*$")
 COMMAND_SECONDS = 50
 
 
@@ -87,7 +88,7 @@ def run_page(path: Path) -> None:
     sys.modules["__main__"] = page_module
     for block in blocks(path.read_text(encoding="utf-8")):
         where = f"{path}:{block.line}"
-        if "no-run" in block.markers:
+        if "no-run" in block.markers or ("broker" in block.markers and "BROKER" not in os.environ):
             continue
         if "file" in block.markers:
             target = Path(block.markers["file"])

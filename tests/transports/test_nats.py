@@ -127,11 +127,12 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused():
     assert error.code == "E245"
 
 
-async def test_tls_works_with_the_ca():
+async def test_tls_works_with_the_ca(caplog):
     queue = Queue("jobs")
     url = f"{broker_url('nats:tls')}?ca={certificate('nats:tls')}&prefix=t{time.time_ns()}"
     async with started(url, channels=[queue]) as transport:
         await transport.send([staged(queue, 1)])
+    assert caplog.records == []
 
 
 async def test_plain_to_a_tls_server_and_tls_to_a_plain_one_are_refused():
@@ -224,6 +225,15 @@ async def test_names_with_dots_stay_apart(url):
         await transport.send([staged(one.channel, one.channel.name) for one in subscriptions])
         for one in subscriptions:
             assert numbers(await take(transport, one, 1)) == [one.channel.name]
+
+
+async def test_a_stream_that_an_operator_made_is_used(url, server):
+    prefix = url.rpartition("=")[2]
+    await server.jetstream().add_stream(name=f"{prefix}_jobs", subjects=[f"{prefix}.q.jobs"], retention="workqueue")
+    subscription = Subscription("s", JOBS)
+    async with started(url, subscription) as transport:
+        await transport.send([staged(JOBS, 1)])
+        assert numbers(await take(transport, subscription, 1)) == [1]
 
 
 # --- publishing ---

@@ -5,24 +5,25 @@ What is true of every transport is tested by the conformance suite.
 
 import asyncio
 import contextlib
-import signal
-import subprocess
 import sys
 import time
 import uuid
 
 import pytest
-from pamqp import commands
+from pamqp import body as bodies
+from pamqp import commands, frame, header
 
 from tests import brokers
 from trunkline import App, Queue, Service, Stream, Struct, Topic
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError, UnroutableError
+from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
-from trunkline.transports.rabbitmq.client import AmqpError, Connection, connect
+from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Connection, connect
 from trunkline.transports.rabbitmq.names import Names
-from trunkline.transports.rabbitmq.queue_reader import Unacked
+from trunkline.transports.rabbitmq.queue_reader import Unacked, read_message
+from trunkline.transports.rabbitmq.stream_reader import offset_of
 from trunkline.transports.rabbitmq.tokens import Token
 
 FAULTY = "rabbitmq@faults"
@@ -68,7 +69,9 @@ def note(url, channels, subscriptions):
     found = declared.setdefault(prefix, [])
     for channel in channels:
         found += [(names.channel(channel.name), "exchange"), (names.channel(channel.name), "queue")]
-        found += [(names.partition(channel.name, number), "queue") for number in range(getattr(channel, "partitions", 0))]
+        found += [
+            (names.partition(channel.name, number), "queue") for number in range(getattr(channel, "partitions", 0))
+        ]
     for subscription in subscriptions:
         found += [(names.subscription(subscription, part), "queue") for part in (None, "members")]
         numbers = range(getattr(subscription.channel, "partitions", 0))
@@ -141,30 +144,30 @@ def load(url):
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ConfigurationError, match="E240.*options are: ca, cert, heartbeat, key, prefix, timeout_s"):
+    with pytest.raises(ConfigurationError, match=r"E240.*options are: ca, cert, heartbeat, key, prefix, timeout_s"):
         load("amqp://localhost?prefetch=1")
 
 
 def test_a_prefix_that_would_make_names_ambiguous_is_refused():
-    with pytest.raises(ConfigurationError, match="E241 prefix='a:b'"):
+    with pytest.raises(ConfigurationError, match=r"E241 prefix='a:b'"):
         load("amqp://localhost?prefix=a:b")
 
 
 async def test_a_wrong_password_is_refused_at_once_and_not_shown(server):
     wrong = server.replace("guest:guest", "guest:wrong-secret")
-    with pytest.raises(ConfigurationError, match="E244.*'guest'") as caught:
+    with pytest.raises(ConfigurationError, match=r"E244.*'guest'") as caught:
         await load(wrong).start([], [])
     assert "wrong-secret" not in str(caught.value)
 
 
 async def test_a_virtual_host_that_does_not_exist_is_named(server):
-    with pytest.raises(ConfigurationError, match="E246.*nowhere not found"):
+    with pytest.raises(ConfigurationError, match=r"E246.*nowhere not found"):
         await load(f"{server}nowhere").start([], [])
 
 
 async def test_a_broker_that_is_not_there_is_said_within_the_timeout():
     begin = time.monotonic()
-    with pytest.raises(TransportError, match="E520 amqp://127.0.0.1:1.*within 0.5 s"):
+    with pytest.raises(TransportError, match=r"E520 amqp://127.0.0.1:1.*within 0.5 s"):
         await load("amqp://127.0.0.1:1?timeout_s=0.5").start([], [])
     assert time.monotonic() - begin < 3
 
@@ -180,7 +183,7 @@ async def test_a_server_that_says_nothing_is_said_within_the_timeout():
     silent = await asyncio.start_server(lambda _reader, writer: writers.append(writer), "127.0.0.1", 0)
     writers = []
     port = silent.sockets[0].getsockname()[1]
-    with pytest.raises(TransportError, match="E520"):
+    with pytest.raises(TransportError, match=r"E520"):
         await load(f"amqp://127.0.0.1:{port}?timeout_s=0.5").start([], [])
     for writer in writers:
         writer.close()
@@ -188,16 +191,19 @@ async def test_a_server_that_says_nothing_is_said_within_the_timeout():
     await silent.wait_closed()
 
 
-async def test_a_server_of_another_protocol_is_no_broker():
-    async def answer(_reader, writer):
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x03\x01\x00\x00", b"-ERR unknown command"]
+)
+async def test_a_server_of_another_protocol_is_no_broker(answer):
+    async def talk(_reader, writer):
+        writer.write(answer)
         writers.append(writer)
 
     writers = []
-    other = await asyncio.start_server(answer, "127.0.0.1", 0)
+    other = await asyncio.start_server(talk, "127.0.0.1", 0)
     port = other.sockets[0].getsockname()[1]
-    with pytest.raises(TransportError, match="E520"):
-        await load(f"amqp://127.0.0.1:{port}?timeout_s=0.5").start([], [])
+    with pytest.raises(ConfigurationError, match=r"E248.*AMQP"):
+        await load(f"amqp://127.0.0.1:{port}?timeout_s=5").start([], [])
     for writer in writers:
         writer.close()
     other.close()
@@ -210,24 +216,24 @@ async def test_a_server_of_another_protocol_is_no_broker():
 async def test_tls_is_verified_with_the_given_authority(prefix):
     tls = brokers.broker_url("rabbitmq:tls")
     certificate = brokers.certificate("rabbitmq:tls")
-    with pytest.raises(ConfigurationError, match="E245.*ca=FILE"):
+    with pytest.raises(ConfigurationError, match=r"E245.*ca=FILE"):
         await load(f"{tls}?prefix={prefix}").start([], [])
     queue = Queue(f"tls-{uuid.uuid4()}")
     transport = load(f"{tls}?prefix={prefix}&ca={certificate}")
     await transport.start([queue], [])
     await transport.send([staged(queue)])
     await transport.stop()
-    with pytest.raises(ConfigurationError, match="E245.*speaks TLS; write amqps"):
+    with pytest.raises(ConfigurationError, match=r"E245.*speaks TLS; write amqps"):
         await load(f"{tls.replace('amqps', 'amqp')}?prefix={prefix}").start([], [])
 
 
 async def test_tls_to_a_port_without_it_is_said(server):
-    with pytest.raises(ConfigurationError, match="E245"):
+    with pytest.raises(ConfigurationError, match=r"E245"):
         await load(server.replace("amqp", "amqps")).start([], [])
 
 
 def test_a_file_for_tls_that_is_not_there_is_said():
-    with pytest.raises(ConfigurationError, match="E245.*PEM"):
+    with pytest.raises(ConfigurationError, match=r"E245.*PEM"):
         load("amqps://localhost?ca=/nowhere/ca.pem")
 
 
@@ -237,9 +243,9 @@ def test_a_file_for_tls_that_is_not_there_is_said():
 async def test_a_channel_that_exists_as_another_kind_is_refused(url):
     async with opened(url, channels=[Queue("orders")]):
         pass
-    with pytest.raises(ConfigurationError, match="E207 topic 'orders' exists as queue"):
+    with pytest.raises(ConfigurationError, match=r"E207 topic 'orders' exists as queue"):
         await started(url, channels=[Topic("orders")])
-    with pytest.raises(ConfigurationError, match="E207 stream 'orders' exists as queue"):
+    with pytest.raises(ConfigurationError, match=r"E207 stream 'orders' exists as queue"):
         await started(url, channels=[Stream("orders", partitions=2)])
 
 
@@ -283,7 +289,7 @@ async def test_names_with_dots_do_not_meet(url):
 
 async def test_a_name_that_is_too_long_is_refused(server):
     transport = load(f"{server}?prefix={'p' * 200}")
-    with pytest.raises(ConfigurationError, match="E241.*255 bytes"):
+    with pytest.raises(ConfigurationError, match=r"E241.*255 bytes"):
         await transport.start([Queue("q" * 100)], [])
 
 
@@ -318,7 +324,7 @@ async def test_a_message_that_no_queue_takes_is_an_error_and_the_others_are_sent
             channel = await other.channel()
             await channel.call(commands.Queue.Delete(queue=f"{prefix}.gone"), commands.Queue.DeleteOk)
         batch = [staged(there, 1), staged(gone, 2), staged(there, 3)]
-        with pytest.raises(UnroutableError, match="E313.*queue 'gone': NO_ROUTE") as caught:
+        with pytest.raises(UnroutableError, match=r"E313.*queue 'gone': NO_ROUTE") as caught:
             await transport.send(batch)
         assert caught.value.unsent == [batch[1]]
         reader = Subscription("there", there)
@@ -402,8 +408,6 @@ async def write(connection, exchange, key, body, **properties):
     await channel.call(commands.Confirm.Select(), commands.Confirm.SelectOk)
     done = asyncio.get_running_loop().create_future()
     channel.confirmed = lambda *_: done.set_result(None)
-    from pamqp import body as bodies, frame, header  # noqa: PLC0415
-
     content = header.ContentHeader(body_size=len(body), properties=commands.Basic.Properties(**properties))
     publish = commands.Basic.Publish(exchange=exchange, routing_key=key)
     parts = [publish, content, *([bodies.ContentBody(body)] if body else [])]
@@ -447,6 +451,26 @@ async def test_what_is_no_message_comes_with_its_bytes(url, server, prefix):
         (delivery,) = await received(transport, reader, 1)
     assert delivery.message is None
     assert delivery.raw == b"\xff\x00 no event"
+
+
+async def test_properties_that_cannot_be_read_end_nothing(url, server, prefix):
+    queue, stream = Queue("orders", plain="shop.order"), Stream("log", partitions=1)
+    orders, log = Subscription("orders", queue), Subscription("one", stream)
+    async with opened(url, orders, log) as transport, raw(server) as other:
+        nested = {"a": {"b": [1, {"c": bytearray(b"\xff")}]}, "x-stream-offsetl": "no", "t": system_clock.utc()}
+        for key in ("orders", "log:0"):
+            await write(other, "", f"{prefix}.{key}", b"{}", headers=nested, content_type="\N{SNOWMAN}")
+        (plain,) = await received(transport, orders, 1)
+        (unread,) = await received(transport, log, 1)
+    assert plain.message.data == b"{}"
+    assert (unread.message, unread.raw, unread.position) == (None, b"{}", 0)
+
+
+def test_the_position_is_found_whatever_the_other_headers_are():
+    offset = b"\x0fx-stream-offsetl" + (7).to_bytes(8, "big")
+    broken = b"\xff\xff\xff\xff\xffnonsense" + offset
+    assert offset_of(Arrived(b"s", 1, False, 1 << 13, broken, b"")) == 7
+    assert read_message(Arrived(b"s", 1, False, 1 << 13, broken, b"x"), None, "log", "", 0.0) is None
 
 
 # --- receiving ---
@@ -698,9 +722,7 @@ async def test_what_was_confirmed_survives_restarts_of_the_broker_in_the_middle(
             number += 1
             await asyncio.sleep(0.002)
 
-    async with App(
-        service(seen), f"{server}?prefix={prefix}&timeout_s=30", store=f"sqlite:///{tmp_path}/s.db"
-    ) as app:
+    async with App(service(seen), f"{server}?prefix={prefix}&timeout_s=30", store=f"sqlite:///{tmp_path}/s.db") as app:
         publishing = asyncio.create_task(publish(app))
         for act in (lambda: brokers.restart(FAULTY), lambda: (brokers.kill(FAULTY), brokers.resume(FAULTY))):
             await asyncio.sleep(1)
@@ -723,7 +745,7 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
     await asyncio.sleep(2)  # RabbitMQ 3.10 forgets the log of a quorum queue that is younger than a second when it dies
     await asyncio.to_thread(brokers.kill, FAULTY)
     late = staged(queue, 1)
-    with pytest.raises(TransportError, match="E52[01]") as caught:
+    with pytest.raises(TransportError, match=r"E52[01]") as caught:
         await transport.send([late])
     assert caught.value.unsent == [late]
     with pytest.raises(TransportError, match=r"E520 .* was not reached within 1.5 s"):
@@ -738,20 +760,23 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
 
 
 async def test_another_process_goes_on_after_kill_9_and_nothing_is_lost(url, tmp_path):
-    note(url, [orders, events, Queue("shop.dead-letters")], [Subscription("shop", events), Subscription("shop", orders)])
+    note(
+        url, [orders, events, Queue("shop.dead-letters")], [Subscription("shop", events), Subscription("shop", orders)]
+    )
     store = f"sqlite:///{tmp_path}/s.db"
     seen = []
     async with opened(url, channels=[orders, events]) as publisher:
-        with subprocess.Popen(
-            [sys.executable, "-m", "tests.transports.rabbitmq_worker", url, store], stdout=subprocess.PIPE
-        ) as worker:
-            assert worker.stdout is not None
-            await asyncio.to_thread(worker.stdout.readline)
-            sending = asyncio.create_task(publish_numbers(publisher, 2000))
-            await asyncio.sleep(1.0)
-            worker.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(worker.wait)
-            handled = {tuple(line.split()) for line in worker.stdout.read().decode().splitlines()}
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.transports.rabbitmq_worker", url, store, stdout=asyncio.subprocess.PIPE
+        )
+        assert worker.stdout is not None
+        await worker.stdout.readline()
+        sending = asyncio.create_task(publish_numbers(publisher, 2000))
+        await asyncio.sleep(1.0)
+        worker.kill()
+        lines = (await worker.stdout.read()).decode().splitlines()
+        await worker.wait()
+        handled = {tuple(line.split()) for line in lines}
         await sending
         async with App(service(seen), url, store=store):
             wanted = {(kind, str(number)) for number in range(2000) for kind in ("order", "event")}
@@ -759,8 +784,6 @@ async def test_another_process_goes_on_after_kill_9_and_nothing_is_lost(url, tmp
 
 
 async def publish_numbers(transport, count):
-    from trunkline.handler import make_message  # noqa: PLC0415
-
     for number in range(count):
         made = [Order(number), Happened(f"k{number % 5}", number)]
         await transport.send([make_message(payload, system_clock, "test", None, None, None, {}) for payload in made])

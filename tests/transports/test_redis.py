@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 import uuid
@@ -21,7 +22,7 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
-from trunkline.transports.redis.connection import pack
+from trunkline.transports.redis.connection import Refusal, failure, pack
 from trunkline.transports.redis.layout import Positions
 from trunkline.transports.redis.server import Server
 from trunkline.wire import MAX_WIRE_BYTES, encode
@@ -142,12 +143,12 @@ def test_options_are_checked(server, extra, code):
     assert raised.value.code == code
 
 
-@pytest.mark.parametrize("database", ["x", "99"])
-async def test_a_database_that_is_none_is_refused(server, database):
+@pytest.mark.parametrize(("database", "code"), [("x", "E241"), ("99", "E246")])
+async def test_a_database_that_is_none_is_refused(server, database, code):
     with pytest.raises(ConfigurationError) as raised:
         async with opened(server.replace("/0", f"/{database}")):
             pass
-    assert raised.value.code == "E241"
+    assert raised.value.code == code
 
 
 async def test_databases_are_apart(server, prefix):
@@ -183,6 +184,26 @@ async def test_a_user_without_permission_is_told_which(server, prefix):
     await raw(server, "ACL", "DELUSER", "reader")
 
 
+async def test_the_permissions_of_the_page_are_enough(server, prefix):
+    page = (brokers.ROOT / "docs" / "reference" / "redis.md").read_text(encoding="utf-8")
+    allowed = [word for line in re.findall(r"`([^`]*)`", page) for word in line.split() if word.startswith("+")]
+    assert len(allowed) > 30
+    await raw(server, "ACL", "SETUSER", prefix, "on", ">pw", f"~{prefix}*", "-@all", *allowed)
+    url = server.replace("//", f"//{prefix}:pw@") + f"?prefix={prefix}&lease_s=1&replicas=0"
+    channels = [Queue("q"), Topic("t"), Stream("s", partitions=2, retention_s=60)]
+    subscriptions = [Subscription("a", channel) for channel in channels]
+    async with opened(url, *subscriptions) as transport, opened(url, *subscriptions):
+        for subscription in subscriptions:
+            await transport.send(staged(subscription.channel, 1))
+        await asyncio.sleep(1.5)
+        await transport.tidy()
+        for subscription in subscriptions:
+            await transport.backlog(subscription)
+    entries = await raw(server, "ACL", "LOG")
+    assert not [entry for entry in entries if prefix.encode() in entry]
+    await raw(server, "ACL", "DELUSER", prefix)
+
+
 async def test_tls_is_verified():
     url = brokers.broker_url("redis:tls")
     assert (await refusal(f"{url}?timeout_s=5")).code == "E245"
@@ -197,6 +218,55 @@ async def test_tls_to_a_port_without_is_told(server):
     error = await refusal(server.replace("redis", "rediss", 1) + "?timeout_s=2")
     assert error.code in ("E245", "E520")
     assert "TLS" in str(error)
+
+
+async def test_a_node_of_a_cluster_is_refused():
+    url = await asyncio.to_thread(brokers.broker_url, "redis@cluster", "cluster-enabled=yes")
+    try:
+        error = await refusal(url)
+    finally:
+        await asyncio.to_thread(brokers.stop, "redis@cluster")
+    assert error.code == "E248"
+    assert "runs as cluster" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (b"-ERR unknown command `HELLO`\r\n", "6.0 or older"),
+        (b"*4\r\n$7\r\nversion\r\n$5\r\n6.0.9\r\n$4\r\nrole\r\n$6\r\nmaster\r\n", "6.0.9"),
+    ],
+)
+async def test_a_server_that_is_too_old_is_refused(answer, shown):
+    async def serve(reader, writer):
+        await reader.readuntil(b"PING\r\n")
+        writer.write(answer + b"+OK\r\n+PONG\r\n")
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as old:
+        error = await refusal(f"redis://127.0.0.1:{old.sockets[0].getsockname()[1]}")
+    assert error.code == "E248"
+    assert shown in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", "E207"),
+        ("ERR Error running script (call to f_1): @user_script:3: WRONGTYPE Operation against a key", "E207"),
+        ("NOPERM this user has no permissions to run the 'xadd' command", "E246"),
+        ("ERR The user executing the script can't run this command or subcommand", "E246"),
+        ("MISCONF Errors writing to the AOF file: No space left on device", "E522"),
+        ("READONLY You can't write against a read only replica.", "E522"),
+        ("ERR something new", "E522"),
+    ],
+)
+def test_what_the_server_says_is_told_in_our_words(text, code):
+    error = failure("redis://there", Refusal(text))
+    assert error.code == code
+    assert getattr(error, "retryable", False) == (code == "E522")
 
 
 @pytest.mark.parametrize("place", ["no.such.host.invalid:1", "127.0.0.1:1"])
@@ -494,6 +564,23 @@ def test_positions_rise_and_lead_back_to_their_ids(entry_id):
 
 
 # --- other programs ---
+
+ODD = ("1700000000000-2097151", "1700000000000-2097152", "1700000000001-0", "4398046511105-7", "99999999999999999-1")
+"""Ids of which some do not fit into a position, and then share one with others."""
+
+
+@pytest.mark.parametrize("channel", [Queue("odd"), Topic("odd"), Stream("odd", partitions=1)], ids=lambda c: c.kind)
+async def test_ids_that_other_programs_chose_are_settled_too(url, prefix, channel):
+    subscription = Subscription("a", channel)
+    key = f"{prefix}:{{odd}}:{'0' if channel.kind == 'stream' else 'log'}"
+    async with opened(url, subscription) as transport:
+        for number, entry_id in enumerate(ODD):
+            await raw(url, "XADD", key, entry_id, "e", encode(message(number)))
+        found = await receive(transport, subscription, len(ODD))
+        assert numbers(found) == list(range(len(ODD)))
+        assert len({delivery.position for delivery in found}) == len(ODD)
+        await transport.settle(found)
+        assert (await transport.backlog(subscription)).waiting == 0
 
 
 async def test_other_programs_write_events_and_plain_fields(url, prefix):

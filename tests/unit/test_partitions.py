@@ -148,3 +148,16 @@ async def test_without_an_answer_partitions_are_lost_before_the_lease_ends(clock
         await one.ownership.step()
     assert one.ownership.held == set()
     assert [what for what, _ in one.log].count("lost") == 8
+
+
+async def test_what_nobody_began_with_is_taken_back_and_not_waited_for():
+    mark = Watermark(10)
+    mark.take(range(10, 20))
+    waiting = asyncio.ensure_future(mark.idle())
+    await asyncio.sleep(0)
+    mark.give_back(7)
+    mark.done([10, 12])
+    assert (mark.low, len(mark)) == (11, 2)
+    mark.done([11])
+    await waiting
+    assert (mark.low, len(mark)) == (13, 0)

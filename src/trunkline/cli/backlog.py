@@ -1,6 +1,6 @@
 """`trunkline backlog`: how far each subscription is behind.
 
-Read next: embedded.py.
+Read next: embedded.py, live.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ EVERY_S = 1.0
 
 
 def backlog(
+    target: options.Target = None,
     *,
     watch: Annotated[bool, typer.Option("--watch", help="Renew the table every second until Ctrl-C.")] = False,
     transport: options.Transport = None,
@@ -32,9 +33,10 @@ def backlog(
     """Show what waits for each subscription.
 
     Also what is in flight, what is parked for a later try, and what was set aside as a dead letter. Waiting
-    includes what is in flight. A Stream's file does not say what is in flight.
+    includes what is in flight. Of a Stream it is not known what is in flight. On a broker MODULE:OBJECT, or `app` in
+    trunkline.toml, says whose subscriptions they are. Looking changes nothing: no group is joined, nothing is taken.
     """
-    settings = load_settings(transport=transport, store=store)
+    settings = load_settings(transport=transport, store=store, app=target)
     if watch:
         _watch(settings, as_json=as_json)
     elif as_json:
@@ -44,11 +46,11 @@ def backlog(
 
 
 def _read(settings: Settings) -> list[SubscriptionBacklog]:
-    from trunkline.cli.embedded import open_both
-    from trunkline.clock import system_clock
+    import asyncio
 
-    with open_both(settings.transport, settings.store) as (transport, store):
-        return transport.backlogs(store, system_clock.now())
+    from trunkline.cli.live import backlogs
+
+    return asyncio.run(backlogs(settings))
 
 
 def _watch(settings: Settings, *, as_json: bool) -> None:
@@ -71,7 +73,7 @@ def _watch(settings: Settings, *, as_json: bool) -> None:
 def _table(rows: list[SubscriptionBacklog]) -> RenderableType:
     """Return the table; where it is too wide, names are broken before the channel and not inside a word."""
     if not rows:
-        return "no subscriptions in this file"
+        return "no subscriptions"
     made = _lines(rows, "@")
     return made if fits(made) else _lines(rows, "\n@")
 
@@ -83,11 +85,15 @@ def _lines(rows: list[SubscriptionBacklog], at: str) -> Table:
         made.add_row(
             row.subscription.replace("@", at),
             row.kind,
-            str(row.waiting),
-            "-" if row.in_flight is None else str(row.in_flight),
-            str(row.parked),
-            str(row.dead),
+            _number(row.waiting),
+            _number(row.in_flight),
+            _number(row.parked),
+            _number(row.dead),
             "-" if row.oldest_s is None else ago(row.oldest_s),
             style="red" if row.dead else None,
         )
     return made
+
+
+def _number(count: int | None) -> str:
+    return "-" if count is None else str(count)

@@ -1,4 +1,4 @@
-"""What the doctor looks at: machine, file, processes, promises.
+"""What the doctor looks at: machine, settings, file, processes, declarations.
 
 Invariant: looking changes nothing and creates nothing; a check that cannot be made says so, it does not pass.
 Read next: doctor.py.
@@ -18,17 +18,16 @@ from typing import Literal
 import apsw
 import msgspec
 
-from trunkline.channel import Channel
+from trunkline.app import App
 from trunkline.cli.embedded import EmbeddedFile, file_path
 from trunkline.cli.terminal import ago, size
 from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.engine import LEASE_S
-from trunkline.errors import TrunklineError
+from trunkline.errors import DefinitionError, TrunklineError
 from trunkline.service import System
 from trunkline.store import INBOX_WINDOW_S
-from trunkline.topology import EVERY, describe
-from trunkline.transport import Transport, load_adapter, parse_address, unopened
+from trunkline.transport import load_adapter, parse_address, unopened
 
 NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "lustre",
@@ -53,22 +52,6 @@ class Check(msgspec.Struct, frozen=True):
     status: Literal["ok", "warn", "fail"]
     found: str
     advice: str = ""
-
-
-class LinkPromise(msgspec.Struct, frozen=True):
-    """What holds between one publisher and one handler.
-
-    Attributes:
-        sender: service, or `outside`.
-        guarantee: what is kept now. limit: what is not. next_step: what would lift the limit.
-    """
-
-    sender: str
-    channel: str
-    receiver: str
-    guarantee: str
-    limit: str
-    next_step: str
 
 
 def environment() -> Iterator[Check]:
@@ -154,7 +137,7 @@ def _inside(area: str, file: EmbeddedFile, *, integrity: bool) -> Iterator[Check
     else:
         yield Check(area, "integrity", "warn", "not checked", "leave out --no-integrity")
     yield from _processes(area, file)
-    parked, dead = (sum(counts[n] for counts in file.set_aside().values()) for n in range(2))
+    parked, dead = (sum(getattr(counts, name) for counts in file.set_aside().values()) for name in ("parked", "dead"))
     if parked:
         yield Check(area, "parked", "warn", f"{parked} wait for a next try or behind another", "trunkline parked")
     if dead:
@@ -231,68 +214,30 @@ def _free_space(area: str, folder: Path) -> Check:
     return Check(area, "free space", status, size(free), f"less than {size(WANT_FREE)}" if status == "warn" else "")
 
 
-def system_checks(system: System) -> Iterator[Check]:
-    """Yield whether the declarations hold together and retries fit the inbox."""
+def system_checks(system: System, settings: Settings) -> Iterator[Check]:
+    """Yield whether the declarations hold together, can run here, and retries fit the inbox."""
     try:
         system.check()
+        App(system, settings.transport, store=settings.store).check_promises()
         yield Check("system", "declarations", "ok", ", ".join(service.name for service in system.services))
-    except TrunklineError as error:
+    except DefinitionError as error:
         yield Check("system", "declarations", "fail", f"{error.code} {error.message}", error.hint)
+    except TrunklineError as error:
+        yield Check("system", "declarations", "warn", f"not checked: {error.code}", "see settings")
+    yield _inbox(system, settings)
+
+
+def _inbox(system: System, settings: Settings) -> Check:
     handlers = [handler for service in system.services for handler in service.handlers]
     longest = max((handler.options.retry.longest_s for handler in handlers), default=0.0)
+    if parse_address(settings.store).scheme == "none":
+        return Check(
+            "system", "inbox window", "warn", "no inbox: a message may have its effects twice",
+            "name a store, or let handlers bear repetition",
+        )  # fmt: skip
     late = [handler.name for handler in handlers if handler.options.retry.longest_s >= INBOX_WINDOW_S]
-    yield Check(
+    return Check(
         "system", "inbox window", "fail" if late else "ok",
         f"{ago(INBOX_WINDOW_S)}; the longest retry lasts {ago(longest)}" + (f" ({', '.join(late)})" if late else ""),
         "shorten delays_s: a retry after the window could have its effect twice" if late else "",
     )  # fmt: skip
-
-
-def promises(system: System, settings: Settings) -> list[LinkPromise]:
-    """Return what each link keeps with these settings."""
-    transport: Transport = load_adapter("trunkline.transports", settings.transport, system_clock)
-    topology = describe(system)
-    channels = {handler.channel.name: handler.channel for service in system.services for handler in service.handlers}
-    links: list[tuple[str, str, str]] = []
-    for link in topology.handles:
-        names = channels[link.channel].types if link.message == EVERY else (link.message,)
-        for name in names:
-            senders, _ = topology.ends(link.channel, name)
-            links += [(sender, link.channel, link.service) for sender in senders or ("outside",)]
-    return [
-        LinkPromise(sender, channel, receiver, _guarantee(channels[channel], transport, settings), *_limit(transport))
-        for sender, channel, receiver in dict.fromkeys(links)
-    ]
-
-
-def _guarantee(channel: Channel, transport: Transport, settings: Settings) -> str:
-    capabilities = transport.capabilities
-    parts = []
-    if not capabilities.durable:
-        parts.append("lost when the process ends")
-    elif file_or_url(settings.transport) == file_or_url(settings.store):
-        parts.append("effects once: one commit")
-    else:
-        parts.append("effects once: outbox, inbox")
-    if channel.kind == "stream":
-        parts.append(f"in order per {channel.key}" if channel.key and capabilities.ordered_streams else "kept in a log")
-    elif channel.kind == "queue":
-        parts.append("by priority" if getattr(channel, "priority", False) else "first come, first served")
-    else:
-        parts.append("once per subscription")
-    return "; ".join(parts)
-
-
-def file_or_url(url: str) -> str:
-    """Return what tells two places apart."""
-    address = parse_address(url)
-    return str(Path(file_path(url)).resolve()) if address.scheme == "sqlite" else url
-
-
-def _limit(transport: Transport) -> tuple[str, str]:
-    capabilities = transport.capabilities
-    if not capabilities.processes:
-        return "one process, not durable", "sqlite:///… keeps messages on disk and lets processes share them"
-    if "SQLite" in capabilities.description:
-        return "one machine, one disk", "a broker or PostgreSQL carries them between machines"
-    return "", ""

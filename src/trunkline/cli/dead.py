@@ -1,14 +1,15 @@
 """`trunkline dead`: look at what was set aside, correct it, give it back or drop it.
 
 Invariant: each act is one commit in the store that running services see at once; nothing acts on a file that
-does not exist. Read next: dead_view.py, dead_edit.py.
+does not exist. Read next: letters.py, dead_view.py, dead_edit.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from trunkline.cli.dead_edit import Change
-    from trunkline.cli.embedded import EmbeddedFile
     from trunkline.cli.target import Target
+    from trunkline.inspection import LetterReader
     from trunkline.store import DeadLetterRow
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ Numbers = Annotated[
     list[int] | None, typer.Argument(metavar="NUMBER...", help="As shown by `list`.", show_default=False)
 ]
 All = Annotated[bool, typer.Option("--all", help="All that fit --subscription and --type.")]
+T = TypeVar("T")
 Data = Annotated[
     str | None, typer.Option("--data", metavar="JSON|@FILE", help="The corrected payload.", show_default=False)
 ]
@@ -50,17 +52,20 @@ def list_(
     as_json: options.AsJson = False,
 ) -> None:
     """List dead letters, oldest first."""
-    with _store_file(load_settings(transport=transport, store=store)) as file:
-        numbers = file.dead_letter_numbers(subscription, message_type)
-        rows = file.dead_letters(subscription, message_type, limit)
+
+    async def listed(letters: LetterReader) -> tuple[list[DeadLetterRow], int]:
+        rows = await letters.dead_letters(subscription, message_type, limit)
+        return rows, len(await letters.dead_letter_numbers(subscription, message_type))
+
+    rows, count = _ask(load_settings(transport=transport, store=store), listed)
     if as_json:
         print_json([details(row, with_payload=False) for row in rows])
     elif not rows:
         stdout().print("no dead letters")
     else:
         write_list(rows)
-        if len(numbers) > len(rows):
-            stderr().print(f"{len(numbers)} in all; --limit shows more")
+        if count > len(rows):
+            stderr().print(f"{count} in all; --limit shows more")
 
 
 @app.command()
@@ -77,8 +82,7 @@ def show(
     """
     from trunkline.cli.dead_view import write
 
-    with _store_file(load_settings(transport=transport, store=store)) as file:
-        row = file.dead_letter(number)
+    row = _ask(load_settings(transport=transport, store=store), lambda letters: letters.dead_letter(number))
     if as_json:
         print_json(details(row, with_payload=True))
     else:
@@ -124,8 +128,7 @@ def edit(  # noqa: PLR0913 - one parameter per option
 
     settings = load_settings(transport=transport, store=store, app=target)
     app = None if settings.app is None else load_target(settings)
-    with _store_file(settings) as file:
-        row = file.dead_letter(number)
+    row = _ask(settings, lambda letters: letters.dead_letter(number))
     payload = None if data is None else payload_argument(data)
     if payload is None and message_type is None and key is None and schema_version is None:
         if not sys.stdin.isatty():
@@ -191,10 +194,10 @@ def discard(
     typer.echo(f"{asyncio.run(_each(settings, chosen, 'discard', None))} dropped")
 
 
-def _store_file(settings: Settings) -> EmbeddedFile:
-    from trunkline.cli.embedded import open_store
+def _ask(settings: Settings, question: Callable[[LetterReader], Awaitable[T]]) -> T:
+    from trunkline.cli.letters import ask
 
-    return open_store(settings)
+    return ask(settings, question)
 
 
 def _check(row: DeadLetterRow, change: Change, envelope: bytes, app: Target | None) -> None:
@@ -224,8 +227,7 @@ def _chosen(
         )
     if numbers and (subscription or message_type):
         raise typer.BadParameter("--subscription and --type narrow --all; they do not go with NUMBER")
-    with _store_file(settings) as file:
-        known = file.dead_letter_numbers(subscription, message_type)
+    known = _ask(settings, lambda letters: letters.dead_letter_numbers(subscription, message_type))
     if everything:
         return known
     missing = [number for number in numbers if number not in known]
@@ -239,9 +241,9 @@ def _chosen(
 
 
 async def _store_edit(settings: Settings, number: int, envelope: bytes, *, redrive: bool) -> None:
-    from trunkline.cli.actions import opened
+    from trunkline.cli.actions import acting
 
-    async with opened(settings) as (_, store):
+    async with acting(settings) as store:
         if redrive:
             await store.redrive(number, envelope)
         else:
@@ -250,13 +252,13 @@ async def _store_edit(settings: Settings, number: int, envelope: bytes, *, redri
 
 async def _each(settings: Settings, numbers: list[int], act: str, rate: float | None) -> int:
     """Redrive or discard one by one, `rate` per second; return how many were still there."""
-    from trunkline.cli.actions import opened
+    from trunkline.cli.actions import acting
     from trunkline.clock import system_clock
 
     if not numbers:
         return 0
     done = 0
-    async with opened(settings) as (_, store):
+    async with acting(settings) as store:
         perform = store.redrive if act == "redrive" else store.discard_dead_letter
         began = system_clock.monotonic()
         with _progress(act) as progress:

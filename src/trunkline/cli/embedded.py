@@ -7,7 +7,7 @@ Never does: change anything (actions.py). Read next: tail.py, backlog.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,9 +18,9 @@ import msgspec
 from trunkline.config import Settings
 from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
-from trunkline.message import Message, read_packed
+from trunkline.message import read_packed
 from trunkline.process_lock import ProcessLock
-from trunkline.store import DeadLetterRow
+from trunkline.store import DeadLetterRow, ParkedRow, SetAside
 from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import find_adapter, parse_address, unopened
 from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
@@ -54,44 +54,21 @@ class SubscriptionBacklog(msgspec.Struct, frozen=True):
 
     Attributes:
         subscription: `name@channel`.
-        waiting: not yet handled, those in flight included.
-        in_flight: of these, handed to a process; None where the file does not say (Streams).
-        parked: waiting for their next try, behind one that does, or behind a dead letter.
-        dead: set aside.
-        oldest_s: age of the oldest message that waits or is parked; None if there is none.
+        waiting: not yet handled, those in flight included; None where the broker has none of it yet.
+        in_flight: of these, handed to a process; None where the file or the broker does not say (Streams).
+        parked: waiting for their next try, behind one that does, or behind a dead letter; None without a store.
+        dead: set aside; None without a store.
+        oldest_s: age of the oldest message that waits or is parked; None if there is none, or a broker does not say.
     """
 
     subscription: str
     channel: str
     kind: str
-    waiting: int
+    waiting: int | None
     in_flight: int | None
-    parked: int
-    dead: int
+    parked: int | None
+    dead: int | None
     oldest_s: float | None
-
-
-class ParkedRow(msgspec.Struct, frozen=True):
-    """A parked message that its subscription tries next, or would if no dead letter held its key.
-
-    Attributes:
-        subscription: `name@channel`.
-        message: its envelope, or None if it cannot be read.
-        due: when it is tried, seconds since the epoch.
-        attempt: failures so far.
-        reason: why it was parked.
-        behind: how many of its key wait behind it; None where nothing does, without order per key.
-        held_by: number of the dead letter that it waits behind, if it does.
-    """
-
-    subscription: str
-    message: Message | None
-    key: str | None
-    due: float
-    attempt: int
-    reason: str
-    behind: int | None
-    held_by: int | None
 
 
 class ProcessRow(msgspec.Struct, frozen=True):
@@ -275,13 +252,12 @@ class EmbeddedFile:
 
     # --- backlogs ---
 
-    def backlogs(self, store: EmbeddedFile, now: float) -> list[SubscriptionBacklog]:
+    def backlogs(self, aside: Mapping[str, SetAside] | None, now: float) -> list[SubscriptionBacklog]:
         """Return how each subscription stands.
 
         Args:
-            store: the file of the store, often this one.
+            aside: what the store holds of each, by label; None if there is no store.
         """
-        aside = store.set_aside()
         found = []
         rows = self.rows(
             "SELECT s.id, s.name, c.name, c.kind FROM trunkline_subscription s"
@@ -291,27 +267,24 @@ class EmbeddedFile:
             labels = [f"{name}@{channel}"]
             if kind == "queue":
                 # A queue's row carries its own name; who owns it is what the store knows.
-                labels = [label for label in store.labels() if label.endswith(f"@{channel}")] or labels
+                labels = [label for label in aside or () if label.endswith(f"@{channel}")] or labels
             counts = count_backlog(self.connection, number, stream=kind == "stream")
-            oldest = _least((self._oldest(number, kind) if counts.waiting else None, store.oldest_parked(labels)))
-            parked, dead = (sum(aside.get(label, (0, 0))[n] for label in labels) for n in range(2))
-            found.append(
-                SubscriptionBacklog(
-                    ", ".join(labels), channel, kind, counts.waiting, None if kind == "stream" else counts.in_flight,
-                    parked, dead, None if oldest is None else max(0.0, now - oldest),
-                )
-            )  # fmt: skip
+            oldest = self._oldest(number, kind) if counts.waiting else None
+            in_flight = None if kind == "stream" else counts.in_flight
+            found.append(standing(labels, channel, kind, counts.waiting, in_flight, oldest, aside, now))
         return found
 
-    def set_aside(self) -> dict[str, tuple[int, int]]:
-        """Return label → (parked, dead letters)."""
+    def set_aside(self) -> dict[str, SetAside]:
+        """Return label → what is set aside."""
         if "trunkline_parked" not in self._tables:
             return {}
         return {
-            label: (parked, dead)
-            for label, parked, dead in self.rows(
+            label: SetAside(parked, dead, None if event is None else _time(event))
+            for label, parked, dead, event in self.rows(
                 "SELECT r.label, (SELECT count(*) FROM trunkline_parked p WHERE p.reader = r.id),"
-                " (SELECT count(*) FROM trunkline_dead_letter d WHERE d.reader = r.id) FROM trunkline_reader r"
+                " (SELECT count(*) FROM trunkline_dead_letter d WHERE d.reader = r.id),"
+                " (SELECT event FROM trunkline_parked WHERE reader = r.id ORDER BY position LIMIT 1)"
+                " FROM trunkline_reader r ORDER BY r.label"
             )
         }
 
@@ -322,17 +295,6 @@ class EmbeddedFile:
         return _time(rows[0][1]) if rows else None
 
     # --- parked messages ---
-
-    def oldest_parked(self, labels: list[str]) -> float | None:
-        """Return the time of the oldest parked message of some subscriptions, or None."""
-        if "trunkline_parked" not in self._tables:
-            return None
-        rows = self.rows(
-            "SELECT (SELECT event FROM trunkline_parked WHERE reader = r.id ORDER BY position LIMIT 1)"
-            " FROM trunkline_reader r WHERE r.label IN (SELECT value FROM json_each(?))",
-            msgspec.json.encode(labels).decode(),
-        )
-        return _least(_time(event) for (event,) in rows if event is not None)
 
     def parked(self, subscription: str | None = None, message_type: str | None = None) -> Iterator[ParkedRow]:
         """Yield the first parked message of each key and each one without a key.
@@ -400,25 +362,33 @@ ORDER BY held_by IS NOT NULL, p.due, p.seq
 """
 
 
-def _least(times: Iterable[float | None]) -> float | None:
-    return min((time for time in times if time is not None), default=None)
+def standing(
+    labels: Sequence[str],
+    channel: str,
+    kind: str,
+    waiting: int | None,
+    in_flight: int | None,
+    oldest: float | None,
+    aside: Mapping[str, SetAside] | None,
+    now: float,
+) -> SubscriptionBacklog:
+    """Put together what the transport and the store know of one subscription.
+
+    Args:
+        labels: of the subscription; several where a queue is read under several names.
+        oldest: time of the oldest message that waits, if that is known.
+    """
+    parts = None if aside is None else [aside.get(label, SetAside()) for label in labels]
+    times = [time for time in (oldest, *(part.oldest for part in parts or ())) if time is not None]
+    return SubscriptionBacklog(
+        ", ".join(labels), channel, kind, waiting, in_flight,
+        None if parts is None else sum(part.parked for part in parts),
+        None if parts is None else sum(part.dead for part in parts),
+        max(0.0, now - min(times)) if times else None,
+    )  # fmt: skip
 
 
 def _time(raw: bytes) -> float | None:
     """Return the time of an envelope; an unreadable one has none."""
     message = read_packed(raw)
     return None if message is None else message.time
-
-
-@contextlib.contextmanager
-def open_both(transport_url: str, store_url: str) -> Iterator[tuple[EmbeddedFile, EmbeddedFile]]:
-    """Open the files of transport and store; they are one object when they are one file.
-
-    Raises: as `open_file`.
-    """
-    with open_file(transport_url) as transport:
-        if file_path(store_url, "--store") == transport.path:
-            yield transport, transport
-            return
-        with open_file(store_url, "--store") as store:
-            yield transport, store

@@ -1,11 +1,10 @@
 """`trunkline parked`: messages that wait for their next try, and what waits behind them.
 
-Invariant: looking changes nothing. Read next: embedded.py, ../parking.py.
+Invariant: looking changes nothing. Read next: letters.py, ../parking.py.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +15,7 @@ from trunkline.cli.terminal import ago, print_json, printable, stderr, stdout, w
 from trunkline.config import load_settings
 
 if TYPE_CHECKING:
-    from trunkline.cli.embedded import ParkedRow
+    from trunkline.store import ParkedRow
 
 
 def parked(
@@ -33,12 +32,12 @@ def parked(
     A message that failed and is tried again later is parked. On a Stream the later messages of its key wait behind
     it and are counted, not listed; so are those that wait behind a dead letter. Looking changes nothing.
     """
-    from trunkline.cli.embedded import open_store
+    from trunkline.cli.letters import ask
 
-    with open_store(load_settings(transport=transport, store=store)) as file:
-        found = file.parked(subscription, message_type)
-        rows = list(islice(found, limit))
-        more = sum(1 for _ in found)
+    rows, more = ask(
+        load_settings(transport=transport, store=store),
+        lambda letters: letters.parked(subscription, message_type, limit),
+    )
     if as_json:
         print_json([_details(row) for row in rows])
     elif rows:

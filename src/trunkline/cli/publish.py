@@ -75,7 +75,9 @@ def publish(  # noqa: PLR0913 - one parameter per option
     if not staged:
         stderr().print("nothing to publish: no data")
         return
-    asyncio.run(_send(_places(settings, found), staged))
+    from trunkline.cli.actions import publish as send
+
+    asyncio.run(send(_places(settings, found), declared.channel, staged))
     ids = [item.message.id for item in staged]
     if as_json:
         print_json({"type": declared.name, "channel": declared.channel.name, "ids": ids})
@@ -189,13 +191,3 @@ def _places(settings: Settings, target: Target) -> Settings:
     if target.app is None:
         return settings
     return Settings(target.app.transport_url, target.app.store_url, settings.app, settings.origin)
-
-
-async def _send(settings: Settings, staged: list[Staged]) -> None:
-    from trunkline.cli.actions import commit, opened
-
-    async with opened(settings, [staged[0].channel]) as (transport, store):
-        if staged[0].due is None:
-            await transport.send(staged)
-        else:
-            await commit(store, staged)

@@ -1,23 +1,25 @@
 """`trunkline tail`: the messages of a channel as they come.
 
-Invariant: reading changes nothing: no offset moves, nothing is taken from a queue. Read next: embedded.py.
+Invariant: reading changes nothing: no offset moves, nothing is taken from a queue. Read next: embedded.py, live.py.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trunkline.cli import completion, options
 from trunkline.cli.terminal import printable
-from trunkline.config import load_settings
+from trunkline.config import Settings, load_settings
 
 if TYPE_CHECKING:
     from trunkline.cli.embedded import EmbeddedFile, StoredChannel, StoredMessage
+    from trunkline.inspection import Seen
     from trunkline.message import Message
 
 LOOK_S = 0.05
@@ -30,6 +32,7 @@ def tail(
     channel: Annotated[
         str, typer.Argument(metavar="CHANNEL", help="Such as order-events.", autocompletion=completion.channels)
     ],
+    target: options.Target = None,
     *,
     from_start: Annotated[
         bool, typer.Option("--from-start", help="Begin with the oldest message of a Stream.")
@@ -44,20 +47,62 @@ def tail(
     One line each: time in UTC, type, key, payload.
 
     Of a Stream it shows what is published from now on, with --from-start everything kept. Of a Queue or Topic it
-    shows what waits, then what comes; a message that is handled at once may be gone before it is seen.
+    shows what waits, then what comes; a message that is handled at once may be gone before it is seen. On a broker
+    MODULE:OBJECT, or `app` in trunkline.toml, says what kind of channel it is.
 
-    Reading changes nothing. End with Ctrl-C.
+    Reading changes nothing: where looking would take messages away, it is refused. End with Ctrl-C.
     """
-    from trunkline.cli.embedded import open_file
+    from trunkline.transport import parse_address
 
-    with open_file(load_settings(transport=transport).transport) as file:
-        found = file.channel(channel)
+    settings = load_settings(transport=transport, app=target)
+    write = _writer(limit, _as_json if as_json else _line)
+    if parse_address(settings.transport).scheme == "sqlite":
+        _tail_file(settings, channel, write, from_start=from_start, follow=follow)
+    else:
+        import asyncio
+
+        asyncio.run(_tail_broker(settings, channel, write, from_start=from_start, follow=follow))
+
+
+def _writer(limit: int | None, form: Callable[[Seen], str]) -> Callable[[Seen], bool]:
+    """Return what writes one message and returns whether it was the last."""
+    left = count(1)
+
+    def write(seen: Seen) -> bool:
+        sys.stdout.write(f"{form(seen)}\n")
+        sys.stdout.flush()
+        return next(left) == limit
+
+    return write
+
+
+async def _tail_broker(
+    settings: Settings, name: str, write: Callable[[Seen], bool], *, from_start: bool, follow: bool
+) -> None:
+    from contextlib import aclosing
+    from typing import cast
+
+    from trunkline.cli.live import channel_named, inspecting
+
+    channel, url = channel_named(settings, name)
+    async with inspecting(url) as inspector:
+        found = cast("AsyncGenerator[Seen]", inspector.read(channel, from_start=from_start, follow=follow))
+        async with aclosing(found):
+            async for seen in found:
+                if write(seen):
+                    return
+
+
+def _tail_file(settings: Settings, name: str, write: Callable[[Seen], bool], *, from_start: bool, follow: bool) -> None:
+    from trunkline.cli.embedded import open_file
+    from trunkline.inspection import Seen
+    from trunkline.message import read_packed
+
+    with open_file(settings.transport) as file:
+        found = file.channel(name)
         begin = 0 if from_start or not follow or found.kind != "stream" else file.last_position(found)
-        for count, stored in enumerate(_messages(file, found, begin, follow=follow), 1):
-            line = _as_json(stored) if as_json else _line(stored)
-            sys.stdout.write(f"{line}\n")
-            sys.stdout.flush()
-            if count == limit:
+        for stored in _messages(file, found, begin, follow=follow):
+            if write(Seen(stored.position, read_packed(stored.raw), stored.raw)):
                 return
 
 
@@ -110,12 +155,10 @@ def clock_time(seconds: float) -> str:
         return f"time {seconds!r}"
 
 
-def _line(stored: StoredMessage) -> str:
-    from trunkline.message import read_packed
-
-    message = read_packed(stored.raw)
+def _line(seen: Seen) -> str:
+    message = seen.message
     if message is None:
-        return f"position {stored.position}: unreadable, {len(stored.raw)} bytes 0x{stored.raw[:64].hex()}"
+        return f"position {seen.position}: unreadable, {len(seen.raw)} bytes 0x{seen.raw[:64].hex()}"
     key = "-" if message.partitionkey is None else printable(message.partitionkey)
     parts = ((clock_time(message.time), "bright_black"), (printable(message.type), "cyan"), (key, "green"))
     coloured = sys.stdout.isatty()
@@ -123,12 +166,11 @@ def _line(stored: StoredMessage) -> str:
     return "  ".join((*shown, payload_line(message)))
 
 
-def _as_json(stored: StoredMessage) -> str:
+def _as_json(seen: Seen) -> str:
     import msgspec
 
-    from trunkline.message import read_packed, to_structured
+    from trunkline.message import to_structured
 
-    message = read_packed(stored.raw)
-    if message is None:
-        return msgspec.json.encode({"position": stored.position, "unreadable": stored.raw.hex()}).decode()
-    return to_structured(msgspec.structs.replace(message, sequence=str(stored.position))).decode()
+    if seen.message is None:
+        return msgspec.json.encode({"position": seen.position, "unreadable": seen.raw.hex()}).decode()
+    return to_structured(msgspec.structs.replace(seen.message, sequence=str(seen.position))).decode()

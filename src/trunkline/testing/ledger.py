@@ -8,7 +8,8 @@ Source: the checkers `total-queue` of Jepsen and `jepsen.tests.kafka`, with defi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Self
 
@@ -97,7 +98,8 @@ class Verdict(msgspec.Struct):
         counts: finding → number. Findings that fail: LOST (confirmed, and neither effect nor set aside; or delivered
             and never finished), UNEXPECTED (an effect or delivery of what was never invoked or definitely failed),
             DUP_EFFECT, ORDER (effects of a key out of order), JOURNAL (a history that no run can have, so entries are
-            missing or out of place), DUP_DELIVERY beyond the allowance.
+            missing or out of place), DUP_DELIVERY beyond the allowance; OFFSET and CONSERVATION, see
+            `check_offsets` and `check_conservation`.
             Counted only: RECOVERED (effects of unknown publishes), and `acknowledged`, `effects`, `redelivered`.
         examples: finding → first messages, as text.
     """
@@ -132,7 +134,7 @@ class Verdict(msgspec.Struct):
 
 
 EXAMPLES = 10
-FAILURES = ("LOST", "UNEXPECTED", "DUP_EFFECT", "DUP_DELIVERY", "ORDER", "JOURNAL")
+FAILURES = ("LOST", "UNEXPECTED", "DUP_EFFECT", "DUP_DELIVERY", "ORDER", "JOURNAL", "OFFSET", "CONSERVATION")
 
 # One byte per message; a producer's entries set the low bits, a consumer's the high ones.
 _OK, _FAIL, _UNKNOWN = 1, 2, 4
@@ -328,6 +330,60 @@ def _close(verdict: Verdict, lane: _Lane, *, acks: bool) -> None:
             verdict.find("LOST", f"{lane.name}/{seq}: delivered, never finished")
         elif acks and finished and not state & _ACKED:
             verdict.find("JOURNAL", f"{lane.name}/{seq}: finished, never acked")
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a log was read.
+
+    Attributes:
+        reader: one life of one reader of a partition: what it reads comes in the order of the log.
+        message: what stands there, by any name that tells messages apart.
+    """
+
+    reader: str
+    partition: int
+    offset: int
+    message: str
+
+
+def check_offsets(verdict: Verdict, places: Iterable[Place]) -> None:
+    """Find what no log can show: two messages at one place, one message at two, or a reader that went back.
+
+    Args:
+        places: each reader's in the order in which it read them; readers may overlap after a fault.
+    """
+    at: dict[tuple[int, int], str] = {}
+    where: dict[str, tuple[int, int]] = {}
+    last: dict[tuple[str, int], int] = {}
+    for place in places:
+        spot = place.partition, place.offset
+        text = f"partition {place.partition} offset {place.offset}"
+        if at.setdefault(spot, place.message) != place.message:
+            verdict.find("OFFSET", f"{text}: {at[spot]} and {place.message}")
+        if where.setdefault(place.message, spot) != spot:
+            verdict.find("OFFSET", f"{place.message} at {where[place.message]} and {spot}")
+        before = last.get((place.reader, place.partition))
+        if before is not None and place.offset <= before:
+            verdict.find("OFFSET", f"{place.reader}: {text} after {before}")
+        last[place.reader, place.partition] = place.offset
+
+
+def check_conservation(verdict: Verdict, stored: Iterable[str], found: Mapping[str, Iterable[str]]) -> None:
+    """Find what came from nowhere, vanished, or is in two places at once.
+
+    Args:
+        stored: what the broker took, each message as often as it did.
+        found: place (handled, dead letters, still waiting, …) → what is there now.
+    """
+    left = Counter(stored)
+    for place, messages in found.items():
+        for message in messages:
+            if left[message] <= 0:
+                verdict.find("CONSERVATION", f"{message} in {place}, once more than it was stored")
+            left[message] -= 1
+    for message, number in left.items():
+        if number > 0:
+            verdict.find("CONSERVATION", f"{message} is nowhere")
 
 
 def _name(entry: Entry) -> str:

@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
-from trunkline.testing import Entry, Journal, Kind, Verdict, check, read_journal
+from trunkline.testing import (
+    Entry,
+    Journal,
+    Kind,
+    Place,
+    Verdict,
+    check,
+    check_conservation,
+    check_offsets,
+    read_journal,
+)
 
 HISTORIES = 4000
 INSIDE = (Kind.BEGIN, Kind.END)
@@ -247,3 +257,48 @@ def test_a_long_history_passes():
     verdict = check(publishes(), (Entry(Kind.EFFECT, "p", "k", seq) for seq in range(1, size + 1)), drained=True)
     assert verdict.passed
     assert verdict.counts["effects"] == size
+
+
+PLACES = [Place("r1", p, o, f"m{p}.{o}") for p in (0, 1) for o in range(5)] + [
+    Place("r2", 0, o, f"m0.{o}") for o in (3, 4)
+]
+
+
+def offsets(places):
+    verdict = Verdict(drained=True)
+    check_offsets(verdict, places)
+    return verdict
+
+
+def test_a_log_read_twice_from_an_earlier_place_is_good():
+    assert offsets(PLACES).passed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (Place("r3", 0, 2, "m0.3"), "partition 0 offset 2: m0.2 and m0.3"),
+        (Place("r3", 1, 9, "m0.3"), "m0.3 at (0, 3) and (1, 9)"),
+        (Place("r2", 0, 3, "m0.3"), "r2: partition 0 offset 3 after 4"),
+    ],
+)
+def test_what_no_log_can_show_is_found(wrong, text):
+    verdict = offsets([*PLACES, wrong])
+    assert not verdict.passed
+    assert text in verdict.examples["OFFSET"]
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        ({"handled": ["a"], "dead": ["b"], "waiting": ["c", "c"]}, None),
+        ({"handled": ["a"], "dead": ["b"], "waiting": ["c"]}, "c is nowhere"),
+        ({"handled": ["a", "b"], "dead": ["b"], "waiting": ["c", "c"]}, "b in dead, once more than it was stored"),
+        ({"handled": ["a", "b", "x"], "waiting": ["c", "c"]}, "x in handled, once more than it was stored"),
+    ],
+)
+def test_every_message_is_in_one_place(found, text):
+    verdict = Verdict(drained=True)
+    check_conservation(verdict, ["a", "b", "c", "c"], found)
+    assert verdict.examples.get("CONSERVATION", []) == ([text] if text else [])
+    assert verdict.passed == (text is None)

@@ -34,6 +34,8 @@ COPIES = 3
 TRY_S = 5.0
 """How long one try to reach the cluster takes at most."""
 LOOK_S = 0.1
+_MISMATCHES = ("connecting to a PLAINTEXT broker listener", "connecting to a SSL listener")
+"""What the client says where one side speaks TLS and the other does not; it has no code of its own for that."""
 
 
 class Cluster:
@@ -44,6 +46,7 @@ class Cluster:
         self._clock = clock
         self._errors: list[KafkaError] = []
         self._admin: AdminClient | None = None
+        self._deleted: dict[tuple[str, int], int] = {}
 
     def connect(self) -> None:
         """Reach one broker.
@@ -53,22 +56,32 @@ class Cluster:
         self.close()
         self._errors.clear()
         self._admin = admin = AdminClient(self._settings.client | {"error_cb": self._errors.append}, logger=client_log)
-        until = self._clock.monotonic() + min(TRY_S, self._settings.timeout_s)
+        until = self._clock.monotonic() + min(TRY_S, self._settings.timeout_s / 2)
         while True:
             try:
-                admin.list_topics(timeout=0.5)
+                admin.list_topics(timeout=min(0.5, self._settings.timeout_s / 4))
             except KafkaException as error:
-                self._errors.append(error.args[0])
+                last: KafkaError = error.args[0]
             else:
                 return
             admin.poll(0)
-            for known in self._errors:
+            for known in (*self._errors, last):
                 if (refused := refusal(known, self._settings.shown)) is not None:
                     raise refused
             if self._clock.monotonic() > until:
-                told = [known for known in self._errors if known.code() != KafkaError._ALL_BROKERS_DOWN]  # noqa: SLF001
-                reason = next((known for known in told if known.code() != KafkaError._TRANSPORT), told[0])  # noqa: SLF001
-                raise TransportError("E522", describe(reason))
+                raise self._unreachable(last)
+
+    def _unreachable(self, last: KafkaError) -> TransportError | ConfigurationError:
+        """Return why no broker answers, in the words that say most."""
+        told = [error for error in self._errors if error.code() != KafkaError._ALL_BROKERS_DOWN]  # noqa: SLF001
+        reasons = [error.str() for error in told]
+        mismatch = next((text for text in reasons if any(words in text for words in _MISMATCHES)), None)
+        if mismatch is not None:
+            return ConfigurationError(
+                "E245", f"{self._settings.shown} does not speak as asked: {mismatch}",
+                "kafka+ssl:// where the port speaks TLS, kafka:// where it does not, user and password where it asks",
+            )  # fmt: skip
+        return TransportError("E522", describe(told[0] if told else last))
 
     def close(self) -> None:
         """Let the connections go."""
@@ -192,24 +205,39 @@ class Cluster:
 
         return self.patiently(look, f"looking at offsets of group {group}")
 
-    def groups(self, fits: Callable[[str], bool]) -> list[str]:
-        """Return the groups whose names fit."""
-
-        def look() -> list[str]:
-            found = self._client.list_consumer_groups(request_timeout=self._settings.timeout_s).result()
-            return [group.group_id for group in found.valid if fits(group.group_id)]
-
-        return self.patiently(look, "listing groups")
-
-    def delete_records(self, topic: str, before: Mapping[int, int]) -> None:
-        """Delete what stands before an offset of each partition."""
-        places = [TopicPartition(topic, number, offset) for number, offset in before.items()]
+    def delete_handled(self, channel: str, partitions: int) -> None:
+        """Delete the messages of a Queue or Topic that all its groups have handled."""
+        topic = self._settings.topic(channel)
+        lows: dict[int, int] = {}
+        for group in self._groups(channel):
+            known = self.committed(group, topic, partitions)
+            if known:  # else the group is of another channel, with a name that ends as this one
+                lows = {n: min(known.get(n, 0), lows.get(n, known.get(n, 0))) for n in range(partitions)}
+        places = [
+            TopicPartition(topic, number, low)
+            for number, low in lows.items()
+            if low > self._deleted.get((topic, number), 0)
+        ]
+        if not places:
+            return
 
         def delete() -> None:
             for future in self._client.delete_records(places, request_timeout=self._settings.timeout_s).values():
                 future.result()
 
         self.patiently(delete, f"deleting handled messages of topic {topic}")
+        self._deleted |= {(topic, place.partition): place.offset for place in places}
+
+    def _groups(self, channel: str) -> list[str]:
+        """Return the groups that may read a channel."""
+        start, end = f"{self._settings.prefix}.", f".{channel}"
+
+        def look() -> list[str]:
+            found = self._client.list_consumer_groups(request_timeout=self._settings.timeout_s).result()
+            names = [group.group_id for group in found.valid]
+            return [name for name in names if name.startswith(start) and name.endswith(end)]
+
+        return self.patiently(look, "listing groups")
 
     def patiently(self, act: Callable[[], T], what: str) -> T:
         """Return `act()`, done again while leaders and coordinators are on their way.

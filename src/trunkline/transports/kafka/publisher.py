@@ -18,9 +18,9 @@ from trunkline import wire
 from trunkline.channel import Stream
 from trunkline.clock import WorkerThread
 from trunkline.errors import PublishError, TransportError, TrunklineError
-from trunkline.partitions import partition_of
+from trunkline.message import partition_of
 from trunkline.transport import Staged
-from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, Settings, client_log, describe, failure, refusal
+from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, ClusterState, Settings, client_log, describe, failure
 
 log = logging.getLogger("trunkline.kafka")
 
@@ -82,8 +82,7 @@ class Publisher:
         self._topics: dict[str, str] = {}
         self._answers: deque[_Sending] = deque()
         self._left = 0
-        self._is_down = False
-        self._times_up = 0
+        self._state = ClusterState(settings, "publishing")
         self._stopping = False
         self._line = asyncio.Lock()
         self._waiting = 0
@@ -98,25 +97,18 @@ class Publisher:
         self._begin()
 
     def _begin(self) -> None:
-        self._producer = producer = Producer(self._settings.producer(self._note), logger=client_log)
+        self._producer = producer = Producer(self._settings.producer(self._state.note), logger=client_log)
         ended: asyncio.Future[None] = self._loop.create_future()
         thread = WorkerThread("trunkline-kafka-publisher")
         thread.submit(partial(self._wait_for_answers, producer), partial(_end, ended))
         self._threads.append((thread, ended))
-
-    def _note(self, error: KafkaError) -> None:
-        """Note what the client says of the cluster; in the thread."""
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
-            self._is_down = True
-        if (refused := refusal(error, self._settings.shown)) is not None:
-            log.error("publishing: %s", refused)
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Send `batch`; see Transport."""
         if self._waiting:
             return self._send_when_room(batch, None, 0)
         future = self._loop.create_future()
-        sending = _Sending(batch, future, self._answers.append, self._times_up if self._is_down else -1)
+        sending = _Sending(batch, future, self._answers.append, self._state.times_up if self._state.is_down else -1)
         if not batch:
             future.set_result(None)
         handed = self._hand_over(sending, 0)
@@ -200,9 +192,8 @@ class Publisher:
             else:
                 self._fail(sending)
         self._left -= count
-        if good and self._is_down:
-            self._is_down = False
-            self._times_up += 1
+        if good:
+            self._state.works()
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         if not self._left:
@@ -212,7 +203,7 @@ class Publisher:
         """End a batch with what was wrong with its first message that failed."""
         first = min(sending.failed)
         unsent = [sending.batch[number] for number in sorted(sending.failed)]
-        never_up = sending.down >= 0 and self._is_down and sending.down == self._times_up
+        never_up = self._state.is_down and sending.down == self._state.times_up
         error = self._error(sending.failed[first], sending.batch[first], unsent, never_up=never_up)
         if sending.failed[first].fatal() and sending.producer is self._producer:
             log.error("%s: the producer is made anew: %s", self._settings.shown, describe(sending.failed[first]))
@@ -255,7 +246,7 @@ class Publisher:
             return
         self._idle.clear()
         try:
-            async with asyncio.timeout(0 if self._is_down else self._settings.timeout_s):
+            async with asyncio.timeout(0 if self._state.is_down else self._settings.timeout_s):
                 if self._left:
                     await self._idle.wait()
         except TimeoutError:

@@ -19,13 +19,13 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from trunkline import wire
 from trunkline.channel import Stream
 from trunkline.clock import Clock, WorkerThread, offload
-from trunkline.errors import DecodeError
+from trunkline.errors import ConfigurationError, DecodeError
 from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
-from trunkline.transports.kafka.settings import Settings, client_log, describe, refusal
+from trunkline.transports.kafka.settings import ClusterState, Settings, client_log, describe
 
 log = logging.getLogger("trunkline.kafka")
 
@@ -71,6 +71,7 @@ class Reader:
     Attributes:
         inflow: what was read and not yet asked for.
         held: partition → how far it is settled, for the partitions that this process reads.
+        deletes: whether what all groups have handled is of no use any more: on Queues and Topics.
     """
 
     def __init__(self, subscription: Subscription, settings: Settings, clock: Clock) -> None:
@@ -83,10 +84,13 @@ class Reader:
         self._settings = settings
         self._clock = clock
         self._is_stream = isinstance(channel, Stream)
+        self.deletes = not self._is_stream
         self._plain = channel.plain
         self._loop = asyncio.get_running_loop()
         self._made: Consumer | None = None
+        self._state = ClusterState(settings, self.group)
         self._thread: WorkerThread | None = None
+        self._failure: BaseException | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         # Of the thread: partitions assigned to it, and what it has handed to the loop.
         self._places: dict[int, _Place] = {}
@@ -113,7 +117,7 @@ class Reader:
             ends: where it begins, per partition. They were looked up before this: what is published after two processes
                 have started at once is behind the ends that either of them saw.
         """
-        self._made = consumer = Consumer(self._settings.consumer(self.group, self._note), logger=client_log)
+        self._made = consumer = Consumer(self._settings.consumer(self.group, self._state.note), logger=client_log)
         places = [TopicPartition(self.topic, number) for number in ends]
         known = cluster.patiently(
             lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
@@ -138,7 +142,8 @@ class Reader:
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
-            log.error("%s: reading ended: %s", self.group, error, exc_info=error)
+            self._failure = error
+            self.inflow.reassigned()
         self._ended.set_result(None)
 
     # --- the thread ---
@@ -149,30 +154,38 @@ class Reader:
         return self._made
 
     def _work(self) -> None:
-        consumer = self._consumer
-        while not self._stopping:
-            if self._clock.monotonic() >= self._commit_at:
+        try:
+            while not self._stopping:
                 self._commit()
-            most = self._room()
-            if most < 1:
-                self._stand_by()
-                continue
-            records = consumer.consume(most, 0)
-            if not records:
-                record = consumer.poll(IDLE_POLL_S)
-                records = [] if record is None else [record]
-            if self._unopened:
-                self._open()
-            if records:
-                self._hand_over(records)
-        self._close()
+                most = self._room()
+                if most < 1:
+                    self._stand_by()
+                else:
+                    self._read(most)
+        finally:
+            self._close()
+
+    def _read(self, most: int) -> None:
+        """Hand over what the client has; wait for one record while it has none."""
+        consumer = self._consumer
+        records = consumer.consume(most, 0)
+        if not records:
+            record = consumer.poll(IDLE_POLL_S)
+            records = [] if record is None else [record]
+        if self._unopened:
+            self._open()
+        if records:
+            self._hand_over(records)
 
     def _commit(self) -> None:
         """Commit how far partitions are settled, without waiting for the answer.
 
         Here, not on the loop: the client blocks a second thread while this one polls.
         """
-        self._commit_at = self._clock.monotonic() + COMMIT_S
+        now = self._clock.monotonic()
+        if now < self._commit_at:
+            return
+        self._commit_at = now + COMMIT_S
         offsets = []
         for number, low in self.settled_offsets().items():
             place = self._places.get(number)
@@ -202,6 +215,7 @@ class Reader:
             if self._room() or self._stopping or self._wake.wait(STAND_BY_S):
                 return
             while not (self._room() or self._stopping):
+                self._commit()
                 self._consumer.pause(self._assignment())
                 if (record := self._consumer.poll(IDLE_POLL_S)) is not None:
                     self._hand_over([record])  # it was on its way when the partition was paused
@@ -218,15 +232,16 @@ class Reader:
         deliveries: list[Delivery] = []
         size = 0
         message: Any
+        record: Any
         for record in records:
-            if record.error() is not None:
-                self._note(record.error())
+            if (wrong := record.error()) is not None:
+                self._wrong(wrong)
                 continue
-            number: int = record.partition()  # type: ignore[assignment]
+            number: int = record.partition()
             place = places.get(number)
             if place is None:
                 continue  # revoked after it was fetched
-            body: bytes = record.value() or b""  # type: ignore[assignment]
+            body: bytes = record.value() or b""
             size += len(body)
             self._record = record
             raw: bytes | None = None
@@ -239,7 +254,7 @@ class Reader:
             except DecodeError as error:
                 log.debug("unreadable record on %s: %s", self.topic, error)
                 message, raw = None, body
-            offset: int = record.offset()  # type: ignore[assignment]
+            offset: int = record.offset()
             suspect = False
             if place.suspects:
                 place.suspects -= 1
@@ -250,19 +265,26 @@ class Reader:
                 else Delivery(subscription, message, raw, key, number << SHIFT | offset, -1, 0, LIVE, suspect)
             )
         if deliveries:
+            self._state.works()
             self._average += 0.2 * (size / len(deliveries) + 1 - self._average)
             self._handed += len(deliveries)
             self._loop.call_soon_threadsafe(self._arrived, deliveries)
 
+    def _wrong(self, error: KafkaError) -> None:
+        """Note an error that came in place of a record.
+
+        Raises: ConfigurationError E241 if the broker does not take the lease.
+        """
+        if error.code() == KafkaError.INVALID_SESSION_TIMEOUT:
+            raise ConfigurationError(
+                "E241",
+                f"lease_s={self._settings.lease_s:g} is not accepted by {self._settings.shown}",
+                "from 6 to 1800, unless group.min.session.timeout.ms and group.max.session.timeout.ms say otherwise",
+            )
+        self._state.note(error)
+
     def _headers(self) -> dict[str, str]:
         return text_headers(self._record)
-
-    def _note(self, error: KafkaError) -> None:
-        """Note what the client says of the cluster."""
-        if (refused := refusal(error, self._settings.shown)) is not None:
-            log.error("%s: %s", self.group, refused)
-        else:
-            log.warning("%s: %s", self.group, describe(error))
 
     # --- partitions come and go: in the thread, from within poll ---
 
@@ -392,6 +414,8 @@ class Reader:
     async def receive(self, limit: int) -> list[Delivery]:
         """Return deliveries and note that they are under way; see Transport."""
         taken = await self.inflow.receive(limit)
+        if not taken and self._failure is not None:
+            raise self._failure
         self._gone += len(taken)
         if self._is_waiting:
             self._wake.set()

@@ -20,8 +20,21 @@ from trunkline.partitions import LEASE_S
 from trunkline.transport import Address
 from trunkline.wire import MAX_WIRE_BYTES
 
-client_log = logging.getLogger("trunkline.kafka.client")
-"""What librdkafka says of itself."""
+log = logging.getLogger("trunkline.kafka")
+
+
+class _ClientLog:
+    """What librdkafka says of itself, for debugging: what matters comes to `error_cb` too, and only once."""
+
+    def __init__(self) -> None:
+        self._log = logging.getLogger("trunkline.kafka.client")
+
+    def log(self, _level: int, text: str, *values: object) -> None:
+        """Log one line."""
+        self._log.debug(text, *values)
+
+
+client_log: Any = _ClientLog()
 
 PORT = 9092
 QUEUE_PARTITIONS = 12
@@ -197,6 +210,42 @@ def refusal(error: KafkaError, shown: str) -> ConfigurationError | None:
     if code in _FEATURES:
         return ConfigurationError("E248", f"{shown} is too old: {describe(error)}", "Kafka 2.4 or later is needed")
     return None
+
+
+class ClusterState:
+    """What one client says of the cluster: told once when it goes and when it comes back.
+
+    Args:
+        who: whose client it is.
+    """
+
+    def __init__(self, settings: Settings, who: str) -> None:
+        self._shown = settings.shown
+        self._who = who
+        self.is_down = False
+        self.times_up = 0
+        self._told: set[int] = set()
+
+    def note(self, error: KafkaError) -> None:
+        """Note an error that concerns no single message."""
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
+            if not self.is_down:
+                self.is_down = True
+                log.warning("%s: no broker of %s is reached", self._who, self._shown)
+        elif error.code() in _PASSING or error.code() in self._told:
+            log.debug("%s: %s", self._who, describe(error))
+        else:
+            self._told.add(error.code())
+            log.warning("%s: %s", self._who, refusal(error, self._shown) or describe(error))
+
+    def works(self) -> None:
+        """Note that a broker has answered."""
+        if self._told:
+            self._told.clear()
+        if self.is_down:
+            self.is_down = False
+            self.times_up += 1
+            log.warning("%s: %s is reached again", self._who, self._shown)
 
 
 def passes(error: KafkaError) -> bool:

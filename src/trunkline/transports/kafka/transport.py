@@ -13,6 +13,7 @@ from typing import Any
 
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, offload
+from trunkline.errors import ConfigurationError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.kafka.cluster import Cluster
@@ -86,18 +87,12 @@ class KafkaTransport:
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Note what need not come again; it is committed within a tenth of a second."""
-        if not deliveries:
-            return
-        first = deliveries[0].subscription
-        if all(delivery.subscription is first for delivery in deliveries):
-            found = {first.label: list(deliveries)}
-        else:
-            found = {}
-            for delivery in deliveries:
-                found.setdefault(delivery.subscription.label, []).append(delivery)
-        for label, settled in found.items():
-            if (reader := self._readers.get(label)) is not None:
-                reader.settle(settled)
+        subscriptions = {delivery.subscription for delivery in deliveries}
+        for subscription in subscriptions:
+            reader = self._readers.get(subscription.label)
+            if reader is not None:
+                one = len(subscriptions) == 1
+                reader.settle(deliveries if one else [d for d in deliveries if d.subscription is subscription])
 
     def owns(self, subscription: Subscription, partition: int) -> bool:
         """Return whether this process reads `partition`; see Transport."""
@@ -123,7 +118,13 @@ class KafkaTransport:
         return Backlog(waiting, sum(map(len, reader.held.values())))
 
     async def tidy(self) -> None:
-        """Do nothing yet."""
+        """Delete what every group of a Queue or Topic read here has handled: Kafka keeps it otherwise for ever."""
+        names = {reader.subscription.channel.name for reader in self._readers.values() if reader.deletes}
+        for name in names:
+            try:
+                await offload(self._cluster.delete_handled, name, self._partitions[name])
+            except ConfigurationError as error:
+                log.warning("handled messages of %r stay on the disk: %s", name, error)
 
     async def drain(self) -> None:
         """Stop reading; see Transport."""

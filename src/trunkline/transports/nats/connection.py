@@ -31,6 +31,8 @@ DIAL_S = 5.0
 """Longest wait for one server to answer."""
 ASK_S = 5.0
 """Longest wait for an answer of the JetStream API."""
+LEAVE_S = 2.0
+"""Longest wait for what was written last to reach the server."""
 PING_S = 5
 """A connection that is silent for three of these is taken for lost."""
 
@@ -71,15 +73,40 @@ class Wire(Client):
                 info["tls_required"] = True  # else nats-py would go on in plain where the server lets it
         await super()._process_info(info, initial_connection)
 
+    def _connect_command(self) -> bytes:
+        writer = getattr(self._transport, "_io_writer", None)
+        if self._secure and writer is not None:
+            # nats-py leaves this out, and asyncio warns of it whenever a TLS connection ends.
+            writer.transport.get_protocol()._over_ssl = True  # noqa: SLF001
+        return super()._connect_command()
+
     def send_raw(self, commands: list[bytes]) -> None:
         """Write protocol lines."""
         if self._transport is not None and self.is_connected:
             self._transport.writelines(commands)
 
+    async def _process_op_err(self, e: Exception) -> None:
+        self.abort()
+        await super()._process_op_err(e)
+
     def abort(self) -> None:
-        """Close what never became a connection. `close` would wait for ever where a TLS handshake had failed."""
-        if self._transport is not None:
-            self._transport.close()
+        """Drop the connection with what is not written.
+
+        nats-py closes and waits: for minutes where the other side is silent, for ever after a failed TLS handshake.
+        """
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def leave(self) -> None:
+        """Close in order, but not for long."""
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self.flush()
+        except (errors.Error, TimeoutError, OSError) as error:
+            log.debug("not flushed: %s", error)
+            self.abort()
+        await self.close()
 
     async def end(self, subscription: Subscription) -> None:
         """Ask for no more of `subscription`, see what was on its way, then forget it."""
@@ -137,6 +164,13 @@ class Connection:
 
     # --- connecting ---
 
+    async def connect_once(self) -> None:
+        """Connect without trying again, to look around.
+
+        Raises: ConfigurationError E244 or E245; TransportError if no server answers.
+        """
+        await self._connect()
+
     async def _connect(self) -> None:
         self._loop = asyncio.get_running_loop()
         wire = await self._dial()
@@ -147,6 +181,7 @@ class Connection:
             await self._established()
         except BaseException:
             self._wire = None
+            wire.abort()
             await wire.close()
             raise
 
@@ -190,6 +225,12 @@ class Connection:
         except ConfigurationError as error:
             wire.abort()
             raise ConfigurationError(error.code, f"{self.shown}: {error.message}", error.hint) from None
+        except ModuleNotFoundError as error:
+            wire.abort()
+            raise ConfigurationError(
+                "E242", f"{self.shown} with credentials needs {error.name}, which is not installed",
+                "pip install 'nats-py[nkeys]'",
+            ) from error  # fmt: skip
         except (OSError, errors.Error, TimeoutError, ValueError) as error:
             wire.abort()
             raise self._refusal(seen[-1] if isinstance(error, errors.NoServersError) and seen else error) from error
@@ -258,12 +299,7 @@ class Connection:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.send_raw(self._out)
-            try:
-                async with asyncio.timeout(1):
-                    await wire.flush()
-            except (errors.Error, TimeoutError, OSError) as error:
-                log.debug("%s: not flushed: %s", self.shown, error)
-            await wire.close()
+            await wire.leave()
 
     # --- writing and asking ---
 
@@ -313,13 +349,21 @@ class Connection:
         """
         ((_, data, headers),) = await self._request(f"{self.api}.{verb}", body, many=False)
         if headers is not None and headers.startswith(b"NATS/1.0 503"):
-            raise ApiError("E523", f"{self.shown}: nobody answers {verb}", "check JetStream", err_code=503)
+            raise ApiError("E522", f"{self.shown}: nobody answers {verb}", "check JetStream", err_code=503)
         return self._checked(verb, data)
 
     async def ask_many(self, verb: str, body: object) -> list[tuple[bytes, Mapping[str, str]]]:
         """Ask for several messages; return the body and headers of each."""
         answers = await self._request(f"{self.api}.{verb}", body, many=True)
         return [(data, parse_headers(headers)) for _, data, headers in answers]
+
+    async def inquire(self, subject: str) -> tuple[bytes, bytes | None]:
+        """Ask something else than the JetStream API; return the body and headers of the first answer.
+
+        Raises: ConfigurationError E246; TransportError if there is no answer.
+        """
+        ((_, data, headers),) = await self._request(subject, None, many=False)
+        return data, headers
 
     async def write(self, subject: str, headers: bytes, body: bytes) -> int:
         """Publish one message to a stream, once; return its sequence.
@@ -328,7 +372,7 @@ class Connection:
         """
         ((_, data, status),) = await self._request(subject, body, many=False, headers=headers)
         if status is not None and status.startswith(b"NATS/1.0 503"):
-            raise ApiError("E523", f"{self.shown}: nobody keeps {subject}", "check JetStream", err_code=503)
+            raise ApiError("E522", f"{self.shown}: nobody keeps {subject}", "check JetStream", err_code=503)
         return int(self._checked(subject, data)["seq"])
 
     def _checked(self, verb: str, data: bytes) -> dict[str, Any]:
@@ -336,7 +380,7 @@ class Connection:
         error = answer.get("error")
         if error is not None:
             raise ApiError(
-                "E523", f"{self.shown} refuses {verb}: {error.get('description')}", "see the server's log",
+                "E522", f"{self.shown} refuses {verb}: {error.get('description')}", "see the server's log",
                 err_code=error.get("err_code", 0),
             )  # fmt: skip
         return answer

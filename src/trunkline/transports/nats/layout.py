@@ -161,11 +161,30 @@ class Layout:
 
     async def _create(self, asked: dict[str, Any], shown: str) -> dict[str, Any]:
         """Create a stream unless it exists; return its configuration."""
-        name = asked["name"]
+        found = await self._find(asked["name"]) or await self._make(asked, shown) or await self._find(asked["name"])
+        assert found is not None  # noqa: S101 - somebody has made it just now
+        _compare(found, asked, shown)
+        return found
+
+    async def _find(self, name: str) -> dict[str, Any] | None:
+        """Return the configuration of a stream, or None if there is none.
+
+        Asked first, so that a user needs no permission to create what an operator has created.
+        """
+        try:
+            found: dict[str, Any] = (await self._connection.ask(f"STREAM.INFO.{name}"))["config"]
+        except ApiError as error:
+            if error.err_code != NO_STREAM:
+                raise
+            return None
+        return found
+
+    async def _make(self, asked: dict[str, Any], shown: str) -> dict[str, Any] | None:
+        """Create a stream; return its configuration, or None if somebody else was faster."""
         default = 3 if self._connection.info.get("cluster") else 1
         request = {**asked, "num_replicas": self._replicas or default}
         try:
-            answer = await self._connection.ask(f"STREAM.CREATE.{name}", request)
+            made = await self._connection.ask(f"STREAM.CREATE.{asked['name']}", request)
         except ApiError as error:
             if error.err_code in NO_PEERS:
                 raise ConfigurationError(
@@ -178,10 +197,9 @@ class Layout:
                 ) from error  # fmt: skip
             if error.err_code != NAME_IN_USE:
                 raise
-            answer = await self._connection.ask(f"STREAM.INFO.{name}")
-        found: dict[str, Any] = answer["config"]
-        _compare(found, asked, shown)
-        return found
+            return None
+        config: dict[str, Any] = made["config"]
+        return config
 
     # --- consumers ---
 
@@ -265,7 +283,8 @@ def _compare(found: dict[str, Any], asked: dict[str, Any], shown: str) -> None:
     Raises: ConfigurationError E207.
     """
     ours = {name: asked["metadata"].get(name) for name in ("trunkline.kind", "trunkline.partitions")}
-    theirs = {name: (found.get("metadata") or {}).get(name) for name in ours}
+    # An operator's own stream says nothing of it; its subjects and retention do.
+    theirs = {name: (found.get("metadata") or {}).get(name, ours[name]) for name in ours}
     for name in ("subjects", "retention", "storage"):
         ours[name], theirs[name] = asked[name], found.get(name)
     wrong = [name for name in ours if ours[name] != theirs[name]]

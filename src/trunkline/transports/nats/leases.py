@@ -91,15 +91,23 @@ class BucketLeases:
         for body, headers in found:
             name = headers["Nats-Subject"].removeprefix(self._root + ".")
             revision = int(headers["Nats-Sequence"])
-            if not name.startswith("member."):
+            if name.isdecimal():
                 known = self.records.get(int(name))
                 if known is None or known.revision < revision:
-                    record = self.records[int(name)] = msgspec.json.decode(body, type=Record)
+                    record = self.records[int(name)] = self._record(name, body)
                     record.revision = revision
             elif body:
                 ages[name.removeprefix("member.")] = _seconds(headers["Nats-Time-Stamp"])
         now = max(ages.values(), default=0.0)
         self._alive = {name for name, seen in ages.items() if now - seen <= self._lease_s}
+
+    def _record(self, name: str, body: bytes) -> Record:
+        try:
+            return msgspec.json.decode(body, type=Record)
+        except msgspec.DecodeError as error:
+            raise TransportError(
+                "E522", f"record {self._root}.{name} cannot be read: {error}", "another program wrote it: remove it"
+            ) from error
 
     async def _write(self, partition: int, record: Record) -> None:
         """Write what follows the revision that `record` names.

@@ -221,19 +221,17 @@ class Publisher:
         for batch in {id(entry.batch): entry.batch for entry in list(self._entries.values())}.values():
             if batch.deadline > now:
                 break  # the oldest come first, and all wait equally long
-            shown = self._connection.shown
+            link = self._connection.link
             self._fail(
                 batch,
                 TransportError(
-                    "E521", f"{shown} did not confirm within {self._timeout_s:g} s; it may have stored the message",
+                    "E521",
+                    f"{self._connection.shown} did not confirm within {self._timeout_s:g} s; it may have the message",
                     "send it again under the same id",
                 )
-                if batch.sent
-                else TransportError(
-                    "E520", f"{shown} was not reached within {self._timeout_s:g} s",
-                    "check that the broker runs and that host and port are right",
-                ),
-            )  # fmt: skip
+                if batch.sent or link.is_up
+                else link.unreachable(self._timeout_s),
+            )
         if self._entries:
             self._clock.call_later(min(1.0, self._timeout_s / 10), self._expire)
         else:

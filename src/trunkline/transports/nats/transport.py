@@ -14,7 +14,8 @@ from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError
 from trunkline.link import TIMEOUT_S, Options
-from trunkline.partitions import LEASE_S, partition_of
+from trunkline.message import partition_of
+from trunkline.partitions import LEASE_S
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.nats.connection import Connection
 from trunkline.transports.nats.layout import Layout, Names, durable
@@ -22,9 +23,6 @@ from trunkline.transports.nats.leases import BucketLeases
 from trunkline.transports.nats.publisher import Publisher
 from trunkline.transports.nats.queues import QueueReader
 from trunkline.transports.nats.streams import StreamReader
-
-ACK_WAIT_S = 30.0
-"""How long a message of a Queue or Topic stays with a silent process."""
 
 
 class NatsTransport:
@@ -49,7 +47,6 @@ class NatsTransport:
                 "E241", f"prefix={prefix!r} in the URL of {address.shown}", "letters, digits, - and _"
             )
         self._lease_s = options.seconds("lease_s", LEASE_S)
-        ack_wait_s = self._lease_s if "lease_s" in address.options else ACK_WAIT_S
         replicas = options.number("replicas", 0, least=1) or None
         self._connection = Connection(
             address, options, clock, established=self._established, lost=self._lost, denied=self._denied
@@ -58,8 +55,7 @@ class NatsTransport:
         if address.path.strip("/"):
             raise ConfigurationError("E241", f"{address.shown} has a path", "NATS has none; write it as prefix")
         self._names = Names(prefix)
-        self._ack_wait_s = ack_wait_s
-        self._layout = Layout(self._connection, self._names, replicas, ack_wait_s)
+        self._layout = Layout(self._connection, self._names, replicas, self._lease_s)
         self._publisher = Publisher(self._connection, clock, self._timeout_s)
         self._channels: list[Channel] = []
         self._subscriptions: list[Subscription] = []
@@ -86,7 +82,7 @@ class NatsTransport:
         if not isinstance(channel, Stream):
             return QueueReader(
                 self._connection, self._layout, self._clock, subscription, stream, durable(subscription),
-                self._ack_wait_s,
+                self._lease_s,
             )  # fmt: skip
         leases = BucketLeases(
             self._connection, self._clock, self._names.bucket, self._names.cursors(subscription),

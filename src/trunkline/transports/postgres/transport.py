@@ -19,8 +19,7 @@ import asyncpg
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
-from trunkline.message import pack
-from trunkline.partitions import partition_of
+from trunkline.message import pack, partition_of
 from trunkline.postgres import Engine, close_engine, open_engine
 from trunkline.postgres.settings import read_settings
 from trunkline.store import Unit

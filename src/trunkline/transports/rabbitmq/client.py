@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import struct
 from collections import deque
 from collections.abc import Callable
 from itertools import count
@@ -42,6 +43,7 @@ _CLOSE, _CLOSE_OK, _BLOCKED, _UNBLOCKED = 0xA0032, 0xA0033, 0xA003C, 0xA003D
 
 ACCESS_REFUSED, NOT_FOUND, LOCKED, PRECONDITION_FAILED, NOT_ALLOWED = 403, 404, 405, 406, 530
 """Reply codes (AMQP 0-9-1 §1.2)."""
+_NOT_AMQP = "what came is not AMQP 0-9-1"
 CLOSE_S = 2.0
 """How long the broker's farewell is waited for."""
 
@@ -388,7 +390,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; see asyncio.Protocol."""
-        self._socket = transport  # type: ignore[assignment] - uvloop's is no asyncio.Transport by name
+        self._socket = transport  # type: ignore[assignment]  # uvloop's is one, but not by its type
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End; see asyncio.Protocol."""
@@ -407,50 +409,62 @@ class Connection(asyncio.Protocol):
             self._lost(error)
 
     def data_received(self, data: bytes) -> None:
-        """Cut what came into frames; see asyncio.Protocol."""
+        """Cut what came into frames, hand over what is complete; see asyncio.Protocol."""
         self._heard = True
         if self._rest:
             data = self._rest + data
-        position, end = 0, len(data)
-        channels = self._channels
         try:
-            while end - position >= 8:  # noqa: PLR2004 - the shortest frame
-                kind, number, size = _frame(data, position)
-                start = position + 7
-                last = start + size
-                if last >= end:
-                    if not self._open:
-                        self._check_protocol(data)
-                    break
-                if data[last] != _END:
-                    raise AmqpError(0, "what came is not AMQP 0-9-1")  # noqa: TRY301
-                channel = channels.get(number)
-                if channel is None:
-                    self._control_frame(kind, number, data, start, last)
-                elif kind == _BODY:
-                    channel.body(data[start:last])
-                elif kind == _HEADER:
-                    channel.header(data, start, last)
-                elif kind == _METHOD:
-                    channel.method(_index(data, start)[0], data, start + 4, last)
-                position = last + 1
+            self._rest = data[self._cut(data) :]
         except AmqpError as error:
             self.drop(error)
             return
-        except (PAMQPException, ValueError, IndexError) as error:
-            self.drop(AmqpError(0, f"what came is not AMQP 0-9-1: {error!r}"))
+        except (PAMQPException, ValueError, IndexError, struct.error) as error:
+            self.drop(AmqpError(0, f"{_NOT_AMQP}: {error!r}"))
             return
-        self._rest = data[position:]
         if self.filled:
             filled, self.filled = self.filled, []
             for channel in filled:
                 channel.hand_over()
 
+    def _cut(self, data: bytes) -> int:
+        """Give each frame to its channel; return where the first incomplete one begins."""
+        position, end = 0, len(data)
+        channels = self._channels
+        while end - position >= 8:  # noqa: PLR2004 - the shortest frame
+            kind, number, size = _frame(data, position)
+            start = position + 7
+            last = start + size
+            if last >= end:
+                self._check_part(data, size)
+                break
+            if data[last] != _END:
+                raise AmqpError(0, _NOT_AMQP)
+            channel = channels.get(number)
+            if channel is None:
+                self._control_frame(kind, number, data, start, last)
+            elif kind == _BODY:
+                channel.body(data[start:last])
+            elif kind == _HEADER:
+                channel.header(data, start, last)
+            elif kind == _METHOD:
+                channel.method(_index(data, start)[0], data, start + 4, last)
+            position = last + 1
+        return position
+
+    def _check_part(self, data: bytes, size: int) -> None:
+        """Refuse to wait for the rest of what is no frame."""
+        if not self._open:
+            self._check_protocol(data)
+        if size > self.frame_max:
+            raise AmqpError(0, f"{_NOT_AMQP}: a frame of {size} bytes")
+
     def _check_protocol(self, data: bytes) -> None:
         if data.startswith(b"\x15\x03"):
-            raise AmqpError(0, "the port speaks TLS")
+            raise AmqpError(0, "the port speaks TLS", early=True)
         if data.startswith(b"AMQP"):
-            raise AmqpError(0, f"the port speaks AMQP {'.'.join(map(str, data[4:8]))}, not 0-9-1")
+            raise AmqpError(0, f"the port speaks AMQP {'.'.join(map(str, data[4:8]))}, not 0-9-1", early=True)
+        if data[0] != _METHOD:
+            raise AmqpError(0, _NOT_AMQP, early=True)
 
     def _control_frame(self, kind: int, number: int, data: bytes, start: int, end: int) -> None:
         if kind != _METHOD or number:

@@ -6,8 +6,9 @@ channel brought comes again. Never does: connect. Read next: stream_reader.py.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,8 @@ from trunkline.transport import Delivery, Subscription
 from trunkline.transports.rabbitmq.client import Arrived, Channel, Connection
 from trunkline.wire import Plain, decode
 
+log = logging.getLogger("trunkline.rabbitmq")
+
 PREFETCH = 2000
 """Messages that wait here or are under way: what a consumer has in flight, and as many for what comes next."""
 STRAGGLERS = 250
@@ -27,33 +30,12 @@ _CHANNEL_BITS = 40
 """Of a position: the lower ones are the delivery tag, the upper ones count the channels."""
 
 
-class Headers:
-    """What the broker says of one message, read when it is asked for.
-
-    Attributes:
-        fallback: id of a message that has none, for a Plain.
-    """
-
-    def __init__(self, arrived: Arrived) -> None:
-        self._properties: Any = arrived.decoded()
-
-    @staticmethod
-    def of(arrived: Arrived) -> Mapping[str, str]:
-        """Return the headers and the content type as text."""
-        return Headers(arrived).texts()
-
-    def texts(self) -> dict[str, str]:
-        """Return the headers and the content type as text."""
-        found = {name: _text(value) for name, value in (self._properties.headers or {}).items()}
-        if self._properties.content_type:
-            found["content-type"] = self._properties.content_type
-        return found
-
-    def plain(self, kind: str, source: str, fallback: str, now: float) -> Plain:
-        """Return how to read the message if it is no CloudEvent."""
-        at = self._properties.timestamp
-        seconds = at.timestamp() if isinstance(at, datetime) else now
-        return Plain(kind, source, self._properties.message_id or fallback, seconds)
+def _headers(properties: Any) -> dict[str, str]:
+    """Return the headers and the content type as text."""
+    found = {name: _text(value) for name, value in (properties.headers or {}).items()}
+    if properties.content_type:
+        found["content-type"] = properties.content_type
+    return found
 
 
 def _text(value: object) -> str:
@@ -66,6 +48,12 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _plain(properties: Any, kind: str, source: str, fallback: str, now: float) -> Plain:
+    at = properties.timestamp
+    seconds = at.timestamp() if isinstance(at, datetime) else now
+    return Plain(kind, source, properties.message_id or fallback, seconds)
+
+
 def read_message(arrived: Arrived, kind: str | None, source: str, fallback: str, now: float) -> Message | None:
     """Return the message that came, or None if it is none.
 
@@ -73,12 +61,12 @@ def read_message(arrived: Arrived, kind: str | None, source: str, fallback: str,
         kind: type of what is no CloudEvent, or None to refuse it. fallback: id of such a message if it has none.
     """
     try:
-        try:
-            plain = None if kind is None else Headers(arrived).plain(kind, source, fallback, now)
-            return decode(arrived.body, lambda: Headers.of(arrived), plain)
-        except (ValueError, TypeError, IndexError) as error:  # properties that are none
-            raise DecodeError("E401", f"properties cannot be read: {error}") from error
+        plain = None if kind is None else _plain(arrived.decoded(), kind, source, fallback, now)
+        return decode(arrived.body, lambda: _headers(arrived.decoded()), plain)
     except DecodeError:
+        return None
+    except Exception as error:  # noqa: BLE001 - any bytes may be in the properties, and none may end the connection
+        log.warning("a message of %s has properties that cannot be read: %r", source, error)
         return None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection
 
 from trunkline.channel import Stream
 from trunkline.clock import Clock
-from trunkline.errors import TransportError
+from trunkline.errors import TransportError, TrunklineError
 from trunkline.inflow import Inflow
 from trunkline.partitions import CLOSE_S, Ownership, Watermark
 from trunkline.transport import Delivery, Subscription
@@ -31,9 +31,10 @@ WINDOW = 20_000
 """Messages settled behind one that is not, before a partition is read no further."""
 COMMIT_S = 0.25
 """Between two commits of a partition."""
-BALANCE_S, SOON_S = 1.0, 0.3
-"""Between two looks at who reads what, if this process has its share, or not."""
-_OFFSET = b"\x00\x00\x00\x19\x0fx-stream-offsetl"
+BALANCE_S, SOON_S, SOON_STEPS = 1.0, 0.3, 10
+"""Between two looks at who reads what: usually, and the first ones of a connection."""
+_OFFSET = b"\x0fx-stream-offsetl"
+_ONLY_OFFSET = b"\x00\x00\x00\x19" + _OFFSET
 
 
 def offset_of(arrived: Arrived) -> int:
@@ -41,14 +42,20 @@ def offset_of(arrived: Arrived) -> int:
 
     Raises: ValueError if the broker did not say it.
     """
-    start = arrived.properties.find(_OFFSET, 0, 300)
-    if start >= 0:  # the only header, as with everything that Trunkline wrote
-        start += len(_OFFSET)
-        return int.from_bytes(arrived.properties[start : start + 8], "big")
-    offset = (arrived.decoded().headers or {}).get("x-stream-offset")
-    if not isinstance(offset, int):
-        raise ValueError(f"x-stream-offset is {offset!r}")  # noqa: TRY004 - one kind of error for what cannot be read
-    return offset
+    properties = arrived.properties
+    if properties.find(_ONLY_OFFSET, 0, 300) < 0:  # other programs' headers stand beside it
+        try:
+            offset = (arrived.decoded().headers or {}).get("x-stream-offset")
+        except Exception as error:  # noqa: BLE001 - any bytes may be there
+            log.debug("headers that cannot be read: %r", error)
+            offset = None
+        if isinstance(offset, int):
+            return offset
+    start = properties.rfind(_OFFSET)
+    if start < 0:
+        raise ValueError("a message of a stream has no x-stream-offset")
+    start += len(_OFFSET)
+    return int.from_bytes(properties[start : start + 8], "big")
 
 
 class Part:
@@ -108,6 +115,7 @@ class StreamReader:
         self._prefetch = max(LEAST_PREFETCH, PREFETCH // len(logs))
         self._connection: Connection | None = None
         self._draining = False
+        self._steps = 0
         self._tasks: list[asyncio.Task[None]] = []
         self.ownership = Ownership(
             subscription.label, len(logs), tokens, clock, opened=self._opened, closed=self._closed
@@ -122,6 +130,7 @@ class StreamReader:
             return
         await self.tokens.open(connection)
         self._connection = connection
+        self._steps = 0
         if not self._tasks:
             loop = asyncio.get_running_loop()
             self._tasks = [loop.create_task(self._balance()), loop.create_task(self._commit_often())]
@@ -139,30 +148,29 @@ class StreamReader:
     async def _balance(self) -> None:
         while True:
             if self._connection is not None:
+                self._steps += 1
                 try:
                     await self.ownership.step()
-                except TransportError as error:
+                except (TrunklineError, AmqpError) as error:
                     log.debug("%s: %s", self.subscription.label, error)
-            await self._clock.sleep(BALANCE_S if self.parts else SOON_S)
+            await self._clock.sleep(SOON_S if self._steps < SOON_STEPS else BALANCE_S)
 
     async def _commit_often(self) -> None:
         while True:
             await self._clock.sleep(COMMIT_S)
             await self.commit(self.parts)
 
-    async def commit(self, partitions: Collection[int]) -> None:
+    async def commit(self, partitions: Collection[int], *, last: bool = False) -> None:
         """Write how far partitions are finished; what cannot be written is done again by whoever reads on."""
-        found = await asyncio.gather(*(self._commit(number) for number in list(partitions)), return_exceptions=True)
-        for result in found:
-            if isinstance(result, TransportError):
-                log.warning("%s: %s", self.subscription.label, result)
-            elif isinstance(result, BaseException):
-                raise result
+        await asyncio.gather(*(self._commit(number, last=last) for number in list(partitions)))
 
-    async def _commit(self, number: int) -> None:
+    async def _commit(self, number: int, *, last: bool) -> None:
         part = self.parts.get(number)
         if part is not None:
-            await self.tokens.commit(number, part.watermark.low, part.high)
+            try:
+                await self.tokens.commit(number, part.watermark.low, part.high, last=last)
+            except TrunklineError as error:
+                log.warning("%s: how far it is was not noted: %s", self.subscription.label, error)
 
     # --- partitions come and go ---
 
@@ -202,7 +210,7 @@ class StreamReader:
                     self.subscription.label, number, len(part.watermark),
                 )  # fmt: skip
         if planned:
-            await self.commit([number])
+            await self.commit([number], last=True)
         self.parts.pop(number, None)
         self.inflow.reassigned()
 
@@ -260,6 +268,6 @@ class StreamReader:
         if self._connection is not None:
             try:
                 await self.ownership.leave()
-            except TransportError as error:
+            except (TrunklineError, AmqpError) as error:
                 log.debug("%s: %s", self.subscription.label, error)
         self.lost()

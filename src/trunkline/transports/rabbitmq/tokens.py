@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from trunkline.clock import Clock
-from trunkline.errors import TransportError
+from trunkline.errors import TransportError, TrunklineError
 from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Channel, Connection
 from trunkline.transports.rabbitmq.publisher import Publisher, Route
 
@@ -163,19 +163,26 @@ class Tokens:
         assert token is not None  # noqa: S101 - claimed
         return token.offset, max(token.offset, token.high) + BEYOND if held.again else 0
 
-    async def commit(self, partition: int, offset: int, high: int) -> None:
+    async def commit(self, partition: int, offset: int, high: int, *, last: bool = False) -> None:
         """Write how far a partition is finished; nothing is done if that is known or it is not held.
 
-        Raises: TransportError.
+        Args:
+            last: it is given up, so an earlier commit that is under way is not waited for.
+        Raises: TrunklineError.
         """
         held = self._held.get(partition)
-        if held is None or held.token is None or held.awaited is not None or self._publisher.blocked is not None:
+        if held is None or held.token is None or self._publisher.blocked is not None:
             return
-        if held.token.offset < offset:
+        known = held.token.offset
+        if held.awaited is not None:
+            if not last:
+                return
+            known = held.awaited[0]
+        if known < offset:
             held.awaited = (offset, math.inf)
             try:
                 await self._publisher.publish(self._routes[partition], _encode(Token(offset, high)))
-            except TransportError:
+            except TrunklineError:
                 held.awaited = None
                 raise
             if held.awaited is not None:
@@ -252,7 +259,7 @@ class Tokens:
             if self._publisher.blocked is not None:
                 raise _unanswered(AmqpError(0, self._publisher.blocked))
             await self._publisher.publish(self._routes[partition], _encode(held.token))
-        except TransportError as error:
+        except TrunklineError as error:
             log.warning("%s: %s", self.queues[partition], error)
             held.give_back(channel)
         else:

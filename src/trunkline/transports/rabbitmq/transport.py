@@ -18,7 +18,7 @@ from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Link, Options
-from trunkline.partitions import partition_of
+from trunkline.message import partition_of
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.rabbitmq.client import (
     ACCESS_REFUSED,
@@ -39,7 +39,7 @@ from trunkline.wire import encode
 
 log = logging.getLogger("trunkline.rabbitmq")
 
-HEARTBEAT_S = 20
+HEARTBEAT_S = 10
 CONNECT_S = 60.0
 """How long one host may take for signing in and declaring, on a later connection; the first one has `timeout_s`."""
 FLUSH_S = 1.0
@@ -194,7 +194,7 @@ class RabbitmqTransport:
             return ConfigurationError("E246", f"{shown}: {error.text}", "give the user access to the virtual host")
         if "speaks TLS" in error.text or (error.early and self._tls is None and await speaks_tls(host, port)):
             return ConfigurationError("E245", f"{shown}: the port speaks TLS", "write amqps:// in place of amqp://")
-        if "speaks AMQP" in error.text:
+        if error.early and "AMQP" in error.text:
             return ConfigurationError("E248", f"{shown}: {error.text}", "a RabbitMQ server is needed")
         return TransportError("E520", f"{host}: {error.text}", "")
 
@@ -246,12 +246,12 @@ class RabbitmqTransport:
         await channel.consume(log_name, "e", 1000, {"x-stream-offset": "last"})
         wait_s = self._timeout_s if messages else _FIRST_S
         while True:
-            came.clear()
             try:
                 async with asyncio.timeout(wait_s):
                     await came.wait()
             except TimeoutError:
                 break
+            came.clear()
             wait_s = _QUIET_S
         await channel.close()
         return end
@@ -312,12 +312,9 @@ class RabbitmqTransport:
     def _outgoing(self, staged: Staged, group: Group) -> Outgoing:
         channel, message = staged.channel, staged.message
         routes = self._routes[channel.name]
-        if len(routes) == 1:
-            route = routes[0]
-        else:
-            route = routes[partition_of(message, len(routes))]
+        partition = partition_of(message, len(routes)) if len(routes) > 1 else 0
         priority = message.priority if isinstance(channel, Queue) and channel.priority else None
-        return outgoing(route, encode(message), group, staged, priority)
+        return outgoing(routes[partition], encode(message), group, staged, priority)
 
     async def _declare_and_send(self, batch: Sequence[Staged]) -> None:
         await self._link.up(self._timeout_s)
@@ -441,6 +438,8 @@ def _context(address: Address, ca: str | None, cert: str | None, key: str | None
             context.load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(
-            "E245", f"{address.shown}: a file for TLS cannot be used: {error}", "ca, cert and key are paths of PEM files"
+            "E245",
+            f"{address.shown}: a file for TLS cannot be used: {error}",
+            "ca, cert and key are paths of PEM files",
         ) from error
     return context

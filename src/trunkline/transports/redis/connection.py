@@ -10,6 +10,7 @@ against 6; hiredis parses in both. The protocol is a dozen lines (RESP2).
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -38,10 +39,14 @@ _LATER = {
 }
 
 
+_WORDS = re.compile(rf"\b(NOAUTH|WRONGPASS|NOPERM|WRONGTYPE|MOVED|CROSSSLOT|{'|'.join(_LATER)})\b")
+
+
 def failure(shown: str, reply: Refusal) -> TrunklineError:
     """Return what an error reply means: ConfigurationError E207, E244, E246 or E248, else TransportError E522."""
     text = str(reply)
-    word = text.partition(" ")[0]
+    # In front; within a script of version 6 somewhere behind.
+    word = found[0] if (found := _WORDS.search(text)) else ""
     if word in ("NOAUTH", "WRONGPASS"):
         return ConfigurationError("E244", f"{shown} refuses the user or the password: {text}", "correct the URL")
     if word == "NOPERM" or "can't run this command" in text:

@@ -28,7 +28,7 @@ SEQUENCE_BITS = 21
 """An entry's id, milliseconds and a sequence number, as one number of 63 bits: until the year 2109."""
 _MAX_SEQUENCE = 1 << SEQUENCE_BITS
 _MASK = _MAX_SEQUENCE - 1
-_MAX_POSITION = (1 << 63) - 1
+MAX_POSITION = (1 << 63) - 1
 
 Fields = Sequence[bytes]
 Entry = tuple[bytes, Fields | None]
@@ -64,23 +64,29 @@ def group_of(subscription: Subscription) -> str:
     return QUEUE_GROUP if isinstance(subscription.channel, Queue) else subscription.name
 
 
-class Positions:
-    """Entry ids as rising numbers, and back.
+def position_of(entry_id: bytes) -> int:
+    """Return the id of an entry as one number; of ids that do not fit several may share one."""
+    ms, _, sequence = entry_id.partition(b"-")
+    return ((int(ms) << SEQUENCE_BITS) + int(sequence)) & MAX_POSITION
 
-    An id that does not fit, which only other programs or a clock set back by years can make, gets the next free number.
+
+class Positions:
+    """The entries of one partition as rising numbers, and back.
+
+    An id that does not fit, which only other programs or a clock set back by hours can make, gets the next free number.
     """
 
     def __init__(self) -> None:
         self._odd: dict[int, bytes] = {}
-        self._last = 0
+        self._last = -1
 
     def of(self, entry_id: bytes) -> int:
-        """Return the position of an entry; those of one partition are asked for in their order."""
+        """Return the position of the next entry; they are asked for in their order."""
         ms, _, sequence = entry_id.partition(b"-")
         number = int(sequence)
         position = (int(ms) << SEQUENCE_BITS) + number
-        if number >= _MAX_SEQUENCE or position > _MAX_POSITION:
-            position = min(self._last + 1, _MAX_POSITION)
+        if number >= _MAX_SEQUENCE or not self._last < position <= MAX_POSITION:
+            position = self._last + 1
             self._odd[position] = entry_id
         self._last = position
         return position

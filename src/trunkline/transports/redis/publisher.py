@@ -13,7 +13,7 @@ from typing import Any
 from trunkline.channel import Channel, Stream
 from trunkline.errors import PublishError, TransportError, TrunklineError
 from trunkline.link import Link
-from trunkline.partitions import partition_of
+from trunkline.message import partition_of
 from trunkline.transport import Staged
 from trunkline.transports.redis.connection import Connection, Refusal, failure, pack
 from trunkline.transports.redis.layout import FIELD, Names

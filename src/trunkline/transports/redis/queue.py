@@ -14,7 +14,7 @@ from itertools import islice
 from trunkline.channel import Queue
 from trunkline.transport import LIVE, Backlog, Delivery
 from trunkline.transports.redis.connection import Connection, pack
-from trunkline.transports.redis.layout import FREE, Entry, Positions, read_entry
+from trunkline.transports.redis.layout import FREE, MAX_POSITION, Entry, position_of, read_entry
 from trunkline.transports.redis.reader import BLOCK_MS, ROOM, Reader, count_after
 from trunkline.transports.redis.scripts import GIVE_BACK, LEAVE, RECLAIM, RENEW, SWEEP, TRIM
 
@@ -36,7 +36,6 @@ class QueueReader(Reader):
         self._stream = self.names.streams[0]
         self._deletes = isinstance(self.subscription.channel, Queue)
         self._group_read = ("XREADGROUP", "GROUP", self.group, self._token)
-        self._positions = Positions()
         self._under_way: dict[int, bytes] = {}
         self._old: list[int] = []
         self._cursor: bytes = b"0-0"
@@ -60,7 +59,7 @@ class QueueReader(Reader):
 
     async def _take(self, entries: Iterable[Entry | None], *, suspect: bool) -> int:
         """Put entries into the inflow; return how many there were."""
-        under_way, position_of = self._under_way, self._positions.of
+        under_way = self._under_way
         subscription, stream, plain = self.subscription, self._stream, self.subscription.channel.plain
         deliveries = []
         deleted = []
@@ -75,7 +74,7 @@ class QueueReader(Reader):
             if under_way.get(position) == entry_id:
                 continue  # it never left this process
             while position in under_way:
-                position += 1  # an id of another program's making
+                position = (position + 1) & MAX_POSITION  # an id of another program's making
             message, raw = read_entry(stream, entry_id, fields, plain)
             key = None if message is None else message.partitionkey
             under_way[position] = entry_id
@@ -121,7 +120,7 @@ class QueueReader(Reader):
         for at in range(0, len(held), MOST_IDS):
             ids = held[at : at + MOST_IDS]
             for lost in await self._commands.run(RENEW.run((self._stream,), self.group, self._token, *ids)):
-                under_way.pop(self._positions.of(lost), None)
+                under_way.pop(position_of(lost), None)
 
     async def _reclaim(self) -> None:
         """Take what was given back, and what silent processes hold."""

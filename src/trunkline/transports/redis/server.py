@@ -67,7 +67,7 @@ class Server:
     async def connect(self, lost: Callable[[Connection], None]) -> Connection:
         """Return a connection to the first host that is a writable server.
 
-        Raises: ConfigurationError E241 or E244 to E248; TransportError E522 when it may work later.
+        Raises: ConfigurationError E244 to E248; TransportError E522 when it may work later.
         """
         problems = []
         for host, port in self._hosts:
@@ -121,7 +121,7 @@ class Server:
         if isinstance(select, Refusal):
             if str(select).startswith("NOPERM"):
                 raise failure(self.shown, select)
-            raise ConfigurationError("E241", f"database {self._database} of {place}: {select}", "a number from 0")
+            raise ConfigurationError("E246", f"database {self._database} of {place}: {select}", "name another")
         if isinstance(ping, Refusal) and not str(ping).startswith("NOPERM"):
             raise failure(self.shown, ping)
 

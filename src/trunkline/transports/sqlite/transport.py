@@ -19,8 +19,7 @@ from trunkline.clock import Clock
 from trunkline.engine import Engine, count_up, query
 from trunkline.engines import close_engine, open_engine
 from trunkline.errors import ConfigurationError, TransportError
-from trunkline.message import pack
-from trunkline.partitions import partition_of
+from trunkline.message import pack, partition_of
 from trunkline.store import Unit, resolve
 from trunkline.transport import (
     LIVE,

@@ -1,0 +1,497 @@
+"""Apache Kafka as it is: declared, refused, restarted, shared, read by others."""
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from tests.brokers import broker_url, kill, restart, resume
+from trunkline import Service, Struct
+from trunkline.app import App
+from trunkline.channel import Queue, Stream, Topic
+from trunkline.clock import system_clock
+from trunkline.errors import ConfigurationError, PublishError, TransportError
+from trunkline.inflow import ROOM
+from trunkline.message import Message
+from trunkline.transport import Staged, Subscription, load_adapter
+from trunkline.transports.kafka import reader as reading
+from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES
+
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def url():
+    return f"{broker_url('kafka')}?timeout_s=30&lease_s=6&prefix=t{time.time_ns()}"
+
+
+@pytest.fixture
+def prefix(url):
+    return url.rpartition("=")[2]
+
+
+@pytest.fixture
+def servers(url):
+    return url.removeprefix("kafka://").partition("?")[0]
+
+
+@pytest.fixture
+def admin(servers):
+    return AdminClient({"bootstrap.servers": servers})
+
+
+@asynccontextmanager
+async def started(url, *subscriptions, channels=()):
+    transport = load_adapter("trunkline.transports", url, system_clock)
+    await transport.start([*channels, *(one.channel for one in subscriptions)], subscriptions)
+    try:
+        yield transport
+    finally:
+        await transport.drain()
+        await transport.stop()
+
+
+def staged(channel, number, key=None, **attributes):
+    attributes = {"id": system_clock.new_id(), "data": json.dumps(number).encode(), **attributes}
+    return Staged(channel, Message(type="t", source="s", time=1.0, partitionkey=key, **attributes))
+
+
+async def take(transport, subscription, count, *, settle=True, within_s=30):
+    """Receive `count` messages, settling each batch."""
+    taken = []
+    async with asyncio.timeout(within_s):
+        while len(taken) < count:
+            batch = await transport.receive(subscription, count - len(taken))
+            if settle:
+                await transport.settle(batch)
+            taken += batch
+    return taken
+
+
+def numbers(deliveries):
+    return [json.loads(one.message.data) for one in deliveries]
+
+
+async def nothing(transport, subscription, for_s=1.0):
+    """Check that nothing comes."""
+    receiving = asyncio.create_task(take(transport, subscription, 1, within_s=60))
+    await asyncio.sleep(for_s)
+    assert not receiving.done()
+    receiving.cancel()
+
+
+async def until(condition, within_s=30):
+    async with asyncio.timeout(within_s):
+        while not await condition():
+            await asyncio.sleep(0.05)
+
+
+async def produce(servers, topic, *values, **options):
+    """Publish as a program that does not know Trunkline."""
+    producer = Producer({"bootstrap.servers": servers})
+    for value in values:
+        producer.produce(topic, value, **options)
+    await asyncio.to_thread(producer.flush, 10)
+
+
+# --- declaration ---
+
+
+async def test_topics_are_made_with_safe_settings(url, prefix, admin):
+    jobs, events = Queue("jobs"), Stream("events", partitions=3, retention_s=60)
+    async with started(f"{url}&queue_partitions=5", channels=[jobs, events]):
+        pass
+    assert len(admin.list_topics().topics[f"{prefix}.jobs"].partitions) == 5
+    assert len(admin.list_topics().topics[f"{prefix}.events"].partitions) == 3
+    asked = [ConfigResource(ResourceType.TOPIC, f"{prefix}.{name}") for name in ("jobs", "events")]
+    jobs_config, events_config = (future.result() for future in admin.describe_configs(asked).values())
+    assert jobs_config["retention.ms"].value == "-1"
+    assert events_config["retention.ms"].value == "60000"
+    assert events_config["cleanup.policy"].value == "delete"
+
+
+async def test_a_stream_that_exists_with_other_partitions_is_refused(url):
+    async with started(url, channels=[Stream("events", partitions=3)]):
+        pass
+    with pytest.raises(ConfigurationError, match=r"E207 .* with 4 partitions exists as topic .* with 3"):
+        async with started(url, channels=[Stream("events", partitions=4)]):
+            pass
+
+
+async def test_a_queue_is_used_with_the_partitions_that_it_has(url, prefix, admin):
+    admin.create_topics([NewTopic(f"{prefix}.jobs", 2)])[f"{prefix}.jobs"].result()
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await transport.send([staged(jobs, 1)])
+        assert numbers(await take(transport, reader, 1)) == [1]
+
+
+async def test_two_processes_can_start_at_once_and_miss_nothing(url):
+    news = Topic("news")
+    readers = [Subscription("a", news), Subscription("a", news)]
+
+    async def run(reader, number):
+        async with started(url, reader) as transport:
+            await transport.send([staged(news, number)])
+            received.extend(numbers(await take(transport, reader, 1)))
+
+    received = []
+    await asyncio.gather(*(run(reader, number) for number, reader in enumerate(readers)))
+    assert sorted(received) == [0, 1]
+
+
+# --- where a reader begins ---
+
+
+async def test_a_new_subscription_of_a_topic_begins_with_its_creation(url):
+    news = Topic("news")
+    first, second = Subscription("first", news), Subscription("second", news)
+    async with started(url, first) as transport:
+        await transport.send([staged(news, 1)])
+        assert numbers(await take(transport, first, 1)) == [1]
+    async with started(url, second) as transport:
+        await transport.send([staged(news, 2)])
+        assert numbers(await take(transport, second, 1)) == [2]
+    async with started(url, first) as transport:
+        assert numbers(await take(transport, first, 1)) == [2]
+
+
+async def test_a_reader_of_a_stream_begins_at_its_start_and_goes_on_where_it_was(url):
+    events = Stream("events", partitions=2)
+    early, late = Subscription("early", events, "earliest"), Subscription("late", events, "latest")
+    async with started(url, channels=[events]) as transport:
+        await transport.send([staged(events, number, "k") for number in range(3)])
+    async with started(url, early, late) as transport:
+        assert numbers(await take(transport, early, 3)) == [0, 1, 2]
+        await nothing(transport, late)
+    async with started(url, early, late) as transport:
+        await transport.send([staged(events, 3, "k")])
+        assert numbers(await take(transport, early, 1)) == [3]
+        assert numbers(await take(transport, late, 1)) == [3]
+
+
+# --- redelivery ---
+
+
+async def test_what_was_under_way_at_an_unclean_end_comes_again_as_a_suspect(url):
+    events = Stream("events", partitions=1)
+    reader = Subscription("a", events)
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, number, "k") for number in range(3)])
+        taken = await take(transport, reader, 3, settle=False)
+        assert not any(delivery.suspect for delivery in taken)
+        await transport.settle([taken[0], taken[2]])
+    async with started(url, reader) as transport:
+        again = await take(transport, reader, 2)
+        assert [(delivery.position, delivery.suspect) for delivery in again] == [(1, True), (2, True)]
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, 3, "k")])
+        (fresh,) = await take(transport, reader, 1)
+        assert not fresh.suspect
+
+
+async def test_a_partition_that_moves_waits_for_what_is_under_way(url):
+    events = Stream("events", partitions=4)
+    first, second = Subscription("a", events), Subscription("a", events)
+    async with started(url, first) as old:
+        await old.send([staged(events, number, str(number)) for number in range(40)])
+        taken = await take(old, first, 40, settle=False)
+        async with started(url, second) as new:
+            await nothing(new, second, for_s=3)
+            assert all(old.owns(first, number) for number in range(4))
+            await old.settle(taken)
+
+            async def shared():
+                return {
+                    sum(one.owns(reader, n) for n in range(4)) for one, reader in ((old, first), (new, second))
+                } == {2}
+
+            await until(shared)
+            assert not any(old.owns(first, number) and new.owns(second, number) for number in range(4))
+            await nothing(new, second)
+            assert await old.receive(first, 1) == []
+
+
+async def test_settling_what_went_to_another_process_is_ignored(url, monkeypatch):
+    monkeypatch.setattr(reading, "CLOSE_S", 0.5)
+    events = Stream("events", partitions=2)
+    first, second = Subscription("a", events), Subscription("a", events)
+    async with started(url, first) as old:
+        await old.send([staged(events, number, str(number)) for number in range(20)])
+        taken = await take(old, first, 20, settle=False)
+        async with started(url, second) as new:
+            (moved,) = {delivery.partition for delivery in await take(new, second, 1, settle=False)}
+            assert not old.owns(first, moved)
+            await old.settle(taken)
+            assert all(delivery.partition != moved for delivery in taken if old.owns(first, delivery.partition))
+
+
+# --- how much waits ---
+
+
+async def test_backlog_counts_what_is_not_settled(url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await transport.send([staged(jobs, number) for number in range(10)])
+        taken = await take(transport, reader, 10, settle=False)
+        backlog = await transport.backlog(reader)
+        assert (backlog.waiting, backlog.in_flight) == (10, 10)
+        await transport.settle(taken)
+        backlog = await transport.backlog(reader)
+        assert (backlog.waiting, backlog.in_flight) == (0, 0)
+
+
+async def test_a_reader_that_takes_nothing_is_sent_no_more_than_it_has_room_for(url, monkeypatch):
+    monkeypatch.setattr(reading, "STAND_BY_S", 0.2)
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await transport.send([staged(jobs, number) for number in range(3 * ROOM)])
+        inflow = transport._readers[reader.label].inflow
+
+        async def is_full():
+            return len(inflow) >= ROOM
+
+        await until(is_full)
+        await asyncio.sleep(1)
+        assert len(inflow) < ROOM + reading.BATCH
+        assert sorted(numbers(await take(transport, reader, 3 * ROOM))) == list(range(3 * ROOM))
+
+
+async def test_what_all_groups_have_handled_is_deleted(url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(f"{url}&queue_partitions=1", reader) as transport:
+        await transport.send([staged(jobs, number) for number in range(10)])
+        taken = await take(transport, reader, 10, settle=False)
+        await transport.settle(taken[:7])
+        topic = transport._settings.topic("jobs")
+
+        async def deleted():
+            await transport.tidy()
+            return await asyncio.to_thread(transport._cluster.ends, topic, 1, earliest=True) == {0: 7}
+
+        await until(deleted)
+
+
+# --- messages of other programs ---
+
+
+async def test_messages_of_other_programs_are_read(url, prefix, servers):
+    events = Stream("events", partitions=1, plain="order.seen")
+    reader = Subscription("a", events)
+    binary = {"ce_specversion": "1.0", "ce_id": "7", "ce_type": "t", "ce_source": "s", "content-type": "text/plain"}
+    async with started(url, reader) as transport:
+        await produce(servers, f"{prefix}.events", b'{"n": 1}', key="k1")
+        await produce(servers, f"{prefix}.events", b"hello", key="k2", headers=binary)
+        plain, event = (delivery.message for delivery in await take(transport, reader, 2))
+    assert (plain.type, plain.data, plain.partitionkey) == ("order.seen", b'{"n": 1}', "k1")
+    assert plain.id == f"{prefix}.events/0/0"
+    assert (event.id, event.type, event.data, event.partitionkey) == ("7", "t", b"hello", "k2")
+    assert event.datacontenttype == "text/plain"
+
+
+async def test_what_is_no_message_comes_with_its_bytes(url, prefix, servers):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await produce(servers, f"{prefix}.jobs", b"\xff\x00", None, partition=0)
+        taken = await take(transport, reader, 2)
+    assert [(delivery.message, delivery.raw) for delivery in taken] == [(None, b"\xff\x00"), (None, b"")]
+
+
+# --- publishing ---
+
+
+async def test_a_message_that_is_too_large_is_refused_alone(url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        batch = [staged(jobs, 1), staged(jobs, "x" * MAX_MESSAGE_BYTES), staged(jobs, 3)]
+        with pytest.raises(PublishError, match=f"E313 .*{MAX_MESSAGE_BYTES}") as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == [batch[1]]
+        assert sorted(numbers(await take(transport, reader, 2))) == [1, 3]
+
+
+async def test_a_message_for_a_channel_that_does_not_exist_is_refused(url):
+    async with started(f"{url}&timeout_s=3", channels=[Queue("jobs")]) as transport:
+        with pytest.raises((PublishError, TransportError), match=r"E313|E521"):
+            await transport.send([staged(Queue("unknown"), 1)])
+
+
+async def test_more_than_the_client_buffers_is_sent_all_the_same(url, monkeypatch):
+    from trunkline.transports.kafka.settings import Settings
+
+    usual = Settings.producer
+    small = lambda self, note: usual(self, note) | {"queue.buffering.max.messages": 100}
+    monkeypatch.setattr(Settings, "producer", small)
+    events = Stream("events", partitions=1)
+    reader = Subscription("a", events)
+    async with started(url, reader) as transport:
+        batches = [[staged(events, 300 * start + n, "k") for n in range(300)] for start in range(4)]
+        await asyncio.gather(*(transport.send(batch) for batch in batches))
+        assert numbers(await take(transport, reader, 1200)) == list(range(1200))
+
+
+# --- what is refused at the start ---
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("?colour=red", "E240"), ("?timeout_s=never", "E241"), ("?prefix=a b", "E241"), ("?sasl=PLAIN", "E241"),
+        ("?ca=ca.pem", "E241"), ("/path", "E206"),
+    ],
+)  # fmt: skip
+def test_a_url_that_is_wrong_is_refused(query, code):
+    with pytest.raises(ConfigurationError, match=code):
+        load_adapter("trunkline.transports", f"kafka://localhost:1{query}", system_clock)
+
+
+async def test_a_cluster_that_does_not_answer_is_told_after_the_timeout():
+    with pytest.raises(TransportError, match=r"E520 .* was not reached within 1 s: .*refused"):
+        async with started("kafka://127.0.0.1:9?timeout_s=1"):
+            pass
+
+
+async def test_a_port_that_speaks_no_tls_is_told(url):
+    with pytest.raises(ConfigurationError, match="E245"):
+        async with started(url.replace("kafka://", "kafka+ssl://").replace("timeout_s=30", "timeout_s=5")):
+            pass
+
+
+async def test_a_lease_that_the_broker_does_not_take_ends_the_service_with_what_it_takes(url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url.replace("lease_s=6", "lease_s=1"), reader) as transport:
+        with pytest.raises(ConfigurationError, match=r"E241 lease_s=1 .* from 6 to"):
+            await take(transport, reader, 1)
+
+
+@pytest.fixture
+def sasl_url():
+    return f"{broker_url('kafka:sasl')}?timeout_s=20&prefix=t{time.time_ns()}"
+
+
+async def test_a_wrong_password_is_told_without_it(sasl_url):
+    user, _, rest = sasl_url.partition("@")
+    wrong = f"{user.rpartition(':')[0]}:not-the-password@{rest}"
+    with pytest.raises(ConfigurationError, match="E244") as caught:
+        async with started(wrong):
+            pass
+    assert "not-the-password" not in str(caught.value)
+
+
+async def test_user_and_password_of_the_url_sign_in(sasl_url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(sasl_url, reader) as transport:
+        await transport.send([staged(jobs, 1)])
+        assert numbers(await take(transport, reader, 1)) == [1]
+
+
+# --- the broker ends and comes back ---
+
+
+async def test_publishing_and_reading_go_on_after_a_restart(url):
+    events = Stream("events", partitions=2)
+    reader = Subscription("a", events)
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, 0, "k")])
+        first = await take(transport, reader, 1)
+        restarting = asyncio.create_task(asyncio.to_thread(restart, "kafka"))
+        sending = []
+        for number in range(1, 50):
+            sending.append(transport.send([staged(events, number, "k")]))
+            await asyncio.sleep(0.1)
+        await asyncio.gather(restarting, *sending)
+        found = set()
+        async with asyncio.timeout(60):
+            while len(found) < 49:
+                batch = await transport.receive(reader, 100)
+                await transport.settle(batch)
+                found |= set(numbers(batch))
+        assert numbers(first) == [0]
+        assert found >= set(range(1, 50))
+
+
+async def test_publishing_while_the_broker_is_gone_ends_with_an_error_that_says_so(url):
+    jobs = Queue("jobs")
+    async with started(url.replace("timeout_s=30", "timeout_s=4"), channels=[jobs]) as transport:
+        await transport.send([staged(jobs, 1)])
+        await asyncio.to_thread(kill, "kafka")
+        try:
+            lost = [staged(jobs, 2)]
+            with pytest.raises(TransportError, match=r"E52[01]") as caught:
+                await transport.send(lost)
+            assert caught.value.unsent == lost
+            with pytest.raises(TransportError, match="E520"):
+                await transport.send([staged(jobs, 3)])
+        finally:
+            await asyncio.to_thread(resume, "kafka")
+        await transport.send([staged(jobs, 4)])
+
+
+async def test_stopping_while_the_broker_is_gone_does_not_take_long(url):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await transport.send([staged(jobs, 1)])
+        await take(transport, reader, 1)
+        await asyncio.to_thread(kill, "kafka")
+        try:
+            await asyncio.sleep(1)
+            began = time.monotonic()
+            await transport.drain()
+            await transport.stop()
+            assert time.monotonic() - began < 15
+        finally:
+            await asyncio.to_thread(resume, "kafka")
+
+
+# --- two Apps ---
+
+
+class Order(Struct):
+    order_id: str
+    number: int
+
+
+async def test_two_apps_share_a_stream_in_order_and_lose_nothing(url, tmp_path):
+    events = Stream("orders", key="order_id", partitions=4)
+    events.event(Order)
+    handled = []
+
+    def service():
+        one = Service("shop")
+
+        @one.handle(after_dead_letter="continue")
+        async def note(order: Order) -> None:
+            await asyncio.sleep(0.001)
+            handled.append((order.order_id, order.number))
+
+        return one
+
+    async with App(service(), url, store=f"sqlite:///{tmp_path}/a.db") as first:
+        for number in range(50):
+            await first.publish_all([Order(order_id=f"o{key}", number=number) for key in range(8)])
+            if number == 20:
+                second = App(service(), url, store=f"sqlite:///{tmp_path}/a.db")
+                await second.start()
+            await asyncio.sleep(0.02)
+
+        async def all_handled():
+            return len(set(handled)) == 400
+
+        await until(all_handled)
+        await second.stop()
+    assert len(handled) == 400
+    for key in range(8):
+        assert [number for name, number in handled if name == f"o{key}"] == list(range(50))
