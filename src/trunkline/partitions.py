@@ -116,6 +116,7 @@ class Ownership:
         lease_s: float = LEASE_S,
     ) -> None:
         self.held: set[int] = set()
+        self._moving: set[int] = set()
         self._label = label
         self._partitions = partitions
         self._leases = leases
@@ -128,6 +129,8 @@ class Ownership:
     async def step(self) -> None:
         """Renew, take and give back: to be called about once a tenth of the lease.
 
+        What was to be given back when the broker did not answer is given back first: it is no longer read here.
+
         Raises: TransportError if the broker does not answer; partitions whose lease has run out are lost then.
         """
         try:
@@ -138,6 +141,9 @@ class Ownership:
             raise
         self._renewed = self._clock.monotonic()
         await self.lose(self.held - kept)
+        self._moving &= self.held
+        if self._moving:
+            await self._give_back(sorted(self._moving))
         share = math.ceil(self._partitions / max(1, members))
         if len(self.held) > share:
             await self._give_back(sorted(self.held)[share:])
@@ -153,15 +159,23 @@ class Ownership:
             self.held.add(partition)
 
     async def _give_back(self, partitions: Sequence[int]) -> None:
-        closing = asyncio.gather(*(self._closed(partition, True) for partition in partitions))  # noqa: FBT003
+        self._moving.update(partitions)
+        closing = asyncio.gather(
+            *(self._closed(partition, True) for partition in partitions),  # noqa: FBT003
+            return_exceptions=True,
+        )
         renewing = asyncio.create_task(self._renew())
         try:
-            await closing
+            ends = await closing
         finally:
             renewing.cancel()
             await asyncio.gather(renewing, return_exceptions=True)
-        self.held.difference_update(partitions)
+        for end in ends:
+            if end is not None:
+                raise end
         await self._leases.release(partitions)
+        self.held.difference_update(partitions)
+        self._moving.difference_update(partitions)
 
     async def _renew(self) -> None:
         """Keep every lease while partitions are waited for; what is lost meanwhile the next step finds out."""

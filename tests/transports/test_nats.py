@@ -14,6 +14,7 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter
+from trunkline.transports.nats.leases import Lost, Record
 
 pytestmark = [pytest.mark.xdist_group("nats"), pytest.mark.timeout(60)]
 
@@ -486,6 +487,98 @@ async def test_partitions_of_a_dead_process_are_taken_over_with_suspects(url):
         assert time.monotonic() - begun < 3
     assert all(one.suspect for one in again)
     await dead.stop()
+
+
+async def test_partitions_lost_while_the_server_was_away_are_read_by_somebody_again(url):
+    url += "&lease_s=5"
+    stream = Stream("orders", partitions=4)
+    subscription = Subscription("s", stream)
+    async with started(url, subscription) as first:
+        await first.send([staged(stream, number, key=str(number)) for number in range(40)])
+        reader = first._readers[subscription.label]
+        reader._task.cancel()
+        await reader._ownership.lose(set(range(4)))  # as when no answer comes for most of a lease
+        async with started(url, subscription) as second:
+            assert await _owned(first, second, subscription, (0, 0))  # by name all are still the first one's
+            reader._task = asyncio.create_task(reader._keep())
+            await until(lambda: _owned(first, second, subscription, (2, 2)))
+            seen = set()
+            for transport in (first, second, first, second):
+                while (await transport.backlog(subscription)).waiting and len(seen) < 40:
+                    try:
+                        seen.update(numbers(await take(transport, subscription, 1, within_s=0.5)))
+                    except TimeoutError:
+                        break
+            assert seen == set(range(40))
+
+
+async def test_a_claim_whose_answer_was_lost_does_not_keep_a_partition_from_all(url):
+    url += "&lease_s=2"
+    stream = Stream("orders", partitions=4)
+    subscription = Subscription("s", stream)
+    async with started(url, subscription) as first, started(url, subscription) as second:
+        await until(lambda: _owned(first, second, subscription, (2, 2)))
+        leases = second._readers[subscription.label]._leases
+        theirs = next(number for number in range(4) if first.owns(subscription, number))
+        async with asyncio.timeout(5):
+            while True:
+                await leases._read()
+                record = leases.records[theirs]
+                try:
+                    await leases._write(theirs, Record(record.cursor, leases._process, record.log, record.revision))
+                except Lost:
+                    continue
+                break
+        await until(lambda: _owned(first, second, subscription, (1, 2)))
+        await until(lambda: _owned(first, second, subscription, (2, 2)))
+
+
+async def test_a_gap_seen_while_a_partition_is_opened_anew_does_not_stop_it(url):
+    stream = Stream("orders", partitions=1)
+    subscription = Subscription("s", stream)
+    async with started(url, subscription) as transport:
+        reader = transport._readers[subscription.label]
+        (partition,) = reader.partitions.values()
+        open_reader = reader._layout.open_reader
+
+        async def with_gap(*arguments):
+            waiting = await open_reader(*arguments)
+            reader._take(partition, partition.source, [b"1", b"9", b"9", b"0"], b"", None)
+            return waiting
+
+        reader._layout.open_reader = with_gap
+        reader._reopen(partition, partition.source)
+        await partition.opening
+        await transport.send([staged(stream, 1)])
+        assert numbers(await take(transport, subscription, 1)) == [1]
+
+
+async def test_what_another_consumer_brought_meanwhile_comes_once(url):
+    stream = Stream("orders", partitions=1)
+    subscription = Subscription("s", stream)
+    async with started(url, subscription) as transport:
+        reader = transport._readers[subscription.label]
+        (partition,) = reader.partitions.values()
+        open_reader = reader._layout.open_reader
+
+        async def late(*arguments):
+            waiting = await open_reader(*arguments)
+            reader._layout.open_reader = open_reader
+            await reader._open(partition)  # as on a new connection
+            await transport.send([staged(stream, number) for number in range(5)])
+            await until(lambda: _read_up_to(partition, 6))
+            return waiting
+
+        reader._layout.open_reader = late
+        reader._reopen(partition, partition.source)
+        await partition.opening
+        await transport.send([staged(stream, 5)])
+        assert numbers(await take(transport, subscription, 6)) == list(range(6))
+        await nothing(transport, subscription)
+
+
+async def _read_up_to(partition, position):
+    return partition.next == position
 
 
 async def test_the_cursor_waits_for_what_is_unfinished(url):

@@ -187,3 +187,26 @@ async def test_leases_are_renewed_while_a_partition_that_moves_is_waited_for(clo
     finished.set()
     await leaving
     assert one.leases.table.holders == {}
+
+
+@pytest.mark.parametrize("step", ["closed", "release"])
+async def test_what_could_not_be_given_back_is_given_back_first(clock, step):
+    table = Table()
+    one, two = Member(table, clock), Member(table, clock)
+    await one.ownership.step()
+    await two.ownership.step()
+    failing, owner = (one.ownership, "_closed") if step == "closed" else (one.leases, "release")
+    works = getattr(failing, owner)
+
+    async def fails(*_arguments):
+        raise TransportError("E520", "down")
+
+    setattr(failing, owner, fails)
+    with pytest.raises(TransportError):
+        await one.ownership.step()
+    setattr(failing, owner, works)
+    await two.ownership.leave()  # so that all are the first one's share again
+    await one.ownership.step()
+    assert [what for what, _ in one.log].count("moved") >= 4
+    assert one.ownership.held == set(table.holders) == set(range(8))
+    assert [what for what, _ in one.log].count("opened") == 12

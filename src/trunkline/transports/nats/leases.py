@@ -150,11 +150,17 @@ class BucketLeases:
     # --- Leases ---
 
     async def keep(self, held: Collection[int]) -> tuple[int, set[int]]:
-        """Show a sign of life, read who has what; see Leases."""
+        """Show a sign of life, read who has what, free what is this process's by name only; see Leases.
+
+        Such a partition was lost while the server was away, or the answer to its claim was: others leave it alone, for
+        its holder is alive, and this process, which may have its share already, does not read it.
+        """
         headers = f"Nats-TTL: {self._ttl}s\r\n".encode()
         await self._connection.write(f"{self._root}.member.{self._process}", headers, b"{}")
         await self._read()
         self._alive.add(self._process)
+        mine = {number for number, record in self.records.items() if record.holder == self._process}
+        await self.release(mine.difference(held))
         return len(self._alive), {number for number in held if self.records[number].holder == self._process}
 
     async def claim(self, free: Sequence[int], most: int) -> list[int]:

@@ -170,9 +170,9 @@ class StreamReader:
 
     async def _opened(self, number: int) -> None:
         suspects = SUSPECTS if number in self._leases.dead else 0
-        self._leases.dead.discard(number)
         partition = Partition(number, await self._cursor(number), suspects)
         await self._open(partition)
+        self._leases.dead.discard(number)
         self.partitions[number] = partition
         self.inflow.reassigned()
         self._refill()
@@ -190,10 +190,10 @@ class StreamReader:
             refill=self._refill, broken=lambda: self._reopen(partition, source),
             batch=self._batch(),
         )  # fmt: skip
-        partition.serial = 1
         await self._layout.open_reader(self._stream, name, f"{self._subject}.{number}", partition.next)
         await source.open()
-        partition.source = source
+        # Counted from here on: meanwhile another source may have brought something, or shown a gap.
+        partition.source, partition.serial = source, 1
         self._refill()
 
     async def _shut(self, source: Source) -> None:
@@ -267,6 +267,8 @@ class StreamReader:
             self._reopen(partition, source)
             return
         partition.serial += 1
+        if position < partition.next:
+            return  # another source brought it while this one was opened
         partition.next = position + 1
         partition.unfinished += 1
         suspect = partition.suspects > 0

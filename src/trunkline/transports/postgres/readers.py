@@ -356,7 +356,7 @@ class TableLeases:
     async def release(self, partitions: Collection[int]) -> None:
         """Give partitions back, with how far they were handled."""
         engine, number = self._engine, self._reader.number
-        states = [self.closing.pop(partition) for partition in partitions if partition in self.closing]
+        states = [self.closing[partition] for partition in partitions if partition in self.closing]
 
         async def give_back(connection: asyncpg.Connection) -> None:
             await connection.execute(
@@ -372,6 +372,8 @@ class TableLeases:
 
         if states:
             await engine.run(give_back)
+        for state in states:
+            del self.closing[state.number]
 
     async def leave(self) -> None:
         """Be no longer counted."""
