@@ -109,23 +109,47 @@ _README_ROWS = (
 
 
 def readme_with_speed(readme: str) -> str:
-    """Return the README's text with its table of speed renewed from the results."""
+    """Return the README's text with its tables of speed renewed from the results."""
+    machine = load("embedded")[0]["machine"]
+    note = (
+        f"Medians of alternating rounds on {machine['processor']}, every commit synced to disk; for CPU time a ratio"
+        " above 1 means so many times less. What each of them ran, and all cases, goals that were missed among them:"
+        " [performance](docs/explanation/performance.md); `make bench` measures them again."
+    )
+    begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
+    before, _, rest = readme.partition(begin)
+    after = rest.partition(end)[2]
+    return before + "\n".join([begin, *_embedded_speed(), "", *_broker_speed(), "", note, end]) + after
+
+
+def _embedded_speed() -> list[str]:
     results = {(result["case"], result["against"]): result for result in load("embedded")}
     lines = ["| | Trunkline | against | their figure | ratio |", "|---|--:|---|--:|--:|"]
     for case, against, words in _README_ROWS:
         result = results[case, against]
         ours, theirs = (value_text(result[name], result["unit"]) for name in ("value", "against_value"))
         lines.append(f"| {words or case} | {ours} | {against} | {theirs} | {ratio_text(result)} |")
-    begin, end = "<!-- speed:begin -->", "<!-- speed:end -->"
-    machine = load("embedded")[0]["machine"]
-    note = (
-        f"Medians of at least five alternating rounds on {machine['processor']}, every commit synced to disk;"
-        " for CPU time a ratio above 1 means so many times less. What each of them ran, and all cases, goals that were"
-        " missed among them: [performance](docs/explanation/performance.md); `make bench` measures them again."
-    )
-    before, _, rest = readme.partition(begin)
-    after = rest.partition(end)[2]
-    return before + "\n".join([begin, *lines, "", note, end]) + after
+    return lines
+
+
+def _broker_speed() -> list[str]:
+    """Return a line per broker: what one process consumes, what 100 callers publish, and how others do."""
+    lines = [
+        "| on a broker, one process | handled and acknowledged | × raw client | × FastStream | published by 100 |"
+        " × raw client |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    results = [result for result in load("brokers") if result["unit"] == "/s" and result["against"]]
+    for name in dict.fromkeys(result["case"].partition(",")[0] for result in results):
+        consumed = [result for result in results if result["case"] == f"{name}, consumed"]
+        published = [result for result in results if result["case"] == f"{name}, published by 100"]
+        raw, peers = consumed[0], [result for result in consumed if result["against"] == "FastStream"]
+        cells = (
+            name, value_text(raw["value"], "/s"), ratio_text(raw), ratio_text(peers[0]) if peers else "",
+            value_text(published[0]["value"], "/s"), ratio_text(published[0]),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot_path(suite: str) -> Path:

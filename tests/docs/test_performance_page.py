@@ -1,18 +1,17 @@
 """The page of figures says what the last run of the benchmarks wrote."""
 
-import json
-from pathlib import Path
 from xml.etree import ElementTree as ET
+
+import pytest
 
 from benchmarks import plot, report
 from benchmarks.cases import Goal
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_the_page_shows_the_results_that_were_last_written():
+@pytest.mark.parametrize("suite", ["embedded", "brokers"])
+def test_the_page_shows_the_results_that_were_last_written(suite):
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.with_block(page, "embedded") == page
+    assert report.with_block(page, suite) == page
 
 
 def test_the_readme_shows_the_same_figures():
@@ -21,7 +20,7 @@ def test_the_readme_shows_the_same_figures():
 
 
 def test_each_result_says_what_was_measured_where():
-    results = json.loads((ROOT / "benchmarks" / "results" / "embedded.json").read_text(encoding="utf-8"))
+    results = [result for suite in ("embedded", "brokers") for result in report.load(suite)]
     assert len(results) > 10
     for result in results:
         assert {"case", "value", "unit", "ratio", "against", "goal", "met", "machine", "versions"} <= set(result)
