@@ -742,7 +742,6 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
     transport = load(f"{server}?prefix={prefix}&timeout_s=1.5")
     await transport.start([queue], [])
     await transport.send([staged(queue)])
-    await asyncio.sleep(2)  # RabbitMQ 3.10 forgets the log of a quorum queue that is younger than a second when it dies
     await asyncio.to_thread(brokers.kill, FAULTY)
     late = staged(queue, 1)
     with pytest.raises(TransportError, match=r"E52[01]") as caught:
@@ -756,6 +755,54 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
             with contextlib.suppress(TransportError):
                 await transport.send([staged(queue, 3)])
                 break
+    await transport.stop()
+
+
+async def test_what_was_confirmed_just_after_it_was_declared_survives_kill_9_of_the_broker(prefix):
+    url = f"{brokers.broker_url(FAULTY)}?prefix={prefix}&timeout_s=20"
+    queue, topic, later = Queue("young"), Topic("news"), Queue("younger")
+    wanted = [Subscription("shop", queue), Subscription("shop", topic), Subscription("shop", events)]
+    transport = load(url)
+    await transport.start([queue, topic, events], wanted)
+    await transport.send([staged(channel, number) for channel in (queue, topic) for number in range(20)])
+    await transport.send([staged(later, 1)])  # declared by its first message
+    await asyncio.to_thread(brokers.kill, FAULTY)
+    await transport.stop()
+    await asyncio.to_thread(brokers.resume, FAULTY)
+    last = Subscription("shop", later)
+    again = load(url)
+    await again.start([], [*wanted, last])
+    for subscription, count in ((wanted[0], 20), (wanted[1], 20), (last, 1)):
+        assert len(set(subjects(await received(again, subscription, count)))) == count
+    await until(lambda: all(again.owns(wanted[2], number) for number in range(events.partitions)))
+    await again.drain()
+    await again.stop()
+
+
+@pytest.mark.parametrize("subscription", [Subscription("shop", orders), Subscription("shop", events)], ids=str)
+async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, caplog, subscription):
+    server = brokers.broker_url(FAULTY)
+    part = 2 if subscription.channel is events else None
+    queue = Names(prefix).subscription(subscription, part) if part else Names(prefix).channel("orders")
+    async with raw(server) as connection:
+        channel = await connection.channel()
+        arguments = {"x-queue-type": "quorum", **({"x-single-active-consumer": True} if part else {})}
+        request = commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
+        await channel.call(request, commands.Queue.DeclareOk)
+        await asyncio.to_thread(brokers.kill, FAULTY)
+    await asyncio.to_thread(brokers.resume, FAULTY)
+    transport = load(f"{server}?prefix={prefix}&timeout_s=8")
+    said = f"queue {queue!r} does not answer"
+    async with raw(server) as connection:
+        channel = await connection.channel()
+        starting = asyncio.create_task(transport.start([], [subscription]))
+        await until(lambda: said in caplog.text or starting.done())
+        assert said in caplog.text
+        assert f"rabbitmqctl delete_queue {queue!r}" in caplog.text
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await channel.call(commands.Queue.Delete(queue=queue), commands.Queue.DeleteOk)
+    await transport.start([], [subscription])
     await transport.stop()
 
 

@@ -36,6 +36,10 @@ _ARGUMENT = re.compile(r"inequivalent arg '([^']+)'")
 _LONGEST = 255
 _SEGMENT_BYTES = 50_000_000
 """Retention removes whole segments; RabbitMQ's own are ten times as large."""
+_SCRATCH_MS = 60_000
+"""After so long the broker removes a scratch queue whose process died before it could."""
+_DOWN = "down or inaccessible"
+"""Said of a queue that exists and does not run yet, under the code of one that does not exist."""
 
 
 class Names:
@@ -57,6 +61,10 @@ class Names:
         end = "" if part is None else f":{part}"
         return self._checked(f"{self._prefix}.{subscription.channel.name}:{subscription.name}{end}")
 
+    def scratch(self, end: str) -> str:
+        """Return the name of a queue that is needed for a moment."""
+        return self._checked(f"{self._prefix}.scratch:{end}")
+
     def _checked(self, name: str) -> str:
         if len(name.encode()) > _LONGEST:
             raise ConfigurationError(
@@ -74,6 +82,30 @@ class Declarer:
         self._channel: Channel | None = None
         # RabbitMQ 4 deletes from a quorum queue what was delivered 20 times; older ones take -1 for another limit.
         self._unlimited = {"x-delivery-limit": -1} if connection.version >= (4, 0) else {}
+        self._young = False
+
+    async def save(self, end: str) -> None:
+        """Have the broker write down which quorum queues it has, if some were declared here that may be new.
+
+        Before 4.0 it keeps their names in memory for up to a second (Ra, `names.dets`). A broker that is killed within
+        that time forgets what such a queue holds, and the queue never gets a leader again. To look for a name that it
+        does not know, as to declare a queue, makes it write what it has kept.
+
+        Args:
+            end: makes the name of that queue unique.
+        """
+        if not self._young or self._connection.version >= (4, 0):
+            return
+        self._young = False
+        queue = self._names.scratch(end)
+        arguments = {**self.quorum(), "x-expires": _SCRATCH_MS}
+        try:
+            channel = await self._open()
+            request = commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
+            await channel.call(request, commands.Queue.DeclareOk)
+            await channel.call(commands.Queue.Delete(queue=queue), commands.Queue.DeleteOk)
+        except AmqpError as error:
+            log.warning("what was declared just now is lost if the broker is killed within a second: %s", error.text)
 
     async def close(self) -> None:
         """Close the channel used here."""
@@ -159,7 +191,7 @@ class Declarer:
         try:
             await (await self._open()).queue(queue)
         except AmqpError as error:
-            if error.code == NOT_FOUND:
+            if error.code == NOT_FOUND and _DOWN not in error.text:
                 return False
             raise explained(error, queue) from error
         return True
@@ -188,7 +220,10 @@ class Declarer:
             if error.code != PRECONDITION_FAILED:
                 raise explained(error, queue) from error
             return await self._as_it_is(channel, queue, error)
-        return found.message_count or 0, found.consumer_count or 0
+        messages, consumers = found.message_count or 0, found.consumer_count or 0
+        if arguments["x-queue-type"] == "quorum" and not messages and not consumers:
+            self._young = True
+        return messages, consumers
 
     async def _as_it_is(self, channel: Declared, queue: str, error: AmqpError) -> tuple[int, int]:
         """Accept a queue that differs in what may differ: how long it keeps, how often it delivers."""

@@ -42,6 +42,8 @@ log = logging.getLogger("trunkline.rabbitmq")
 HEARTBEAT_S = 10
 CONNECT_S = 60.0
 """How long one host may take for signing in and declaring, on a later connection; the first one has `timeout_s`."""
+ANSWER_S = 15.0
+"""How long one queue may take to answer, such as to elect a leader, before it is named in the log."""
 FLUSH_S = 1.0
 """How long settled messages wait to be acknowledged together with an earlier one."""
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -155,13 +157,15 @@ class RabbitmqTransport:
             declarer = Declarer(self._receiving, self._names)
             for channel in self._channels.values():
                 await self._declare(declarer, channel)
-            for reader in self._readers.values():
-                new = await declarer.subscription(reader.subscription)
-                if isinstance(reader, StreamReader):
-                    await asyncio.gather(*(self._place_token(reader, number) for number in new))
+            new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
+            await declarer.save(self._clock.new_id())
             await declarer.close()
+            for reader, numbers in zip(self._readers.values(), new, strict=True):
+                if isinstance(reader, StreamReader):
+                    await self._place_tokens(reader, numbers)
             for reader in self._readers.values():
-                await reader.open(self._receiving)
+                queue = reader.queue if isinstance(reader, QueueReader) else reader.tokens.members
+                await self._answered(queue, reader.open(self._receiving))
         except BaseException:
             await self._disconnect()
             raise
@@ -219,11 +223,29 @@ class RabbitmqTransport:
             # A Topic without any subscription takes messages all the same.
             self._routes[channel.name] = [Route(f"topic {channel.name!r}", name, "", mandatory=False)]
 
-    async def _place_token(self, reader: StreamReader, number: int) -> None:
-        offset = 0
+    async def _place_tokens(self, reader: StreamReader, numbers: Sequence[int]) -> None:
+        offsets = [0] * len(numbers)
         if reader.subscription.start == "latest":
-            offset = await self._end_of(reader.logs[number])
-        await reader.tokens.place(number, offset)
+            offsets = await asyncio.gather(*(self._end_of(reader.logs[number]) for number in numbers))
+        # One by one: a dead queue holds up the confirms of the others.
+        for number, offset in zip(numbers, offsets, strict=True):
+            await self._answered(reader.tokens.queues[number], reader.tokens.place(number, offset))
+
+    async def _answered(self, queue: str, asking: Awaitable[None]) -> None:
+        """Wait for what a queue has to answer: one without a leader never does.
+
+        Raises: TransportError E520 that names it; whatever `asking` raises.
+        """
+        try:
+            async with asyncio.timeout(min(ANSWER_S, self._timeout_s / 2)):
+                await asking
+        except TimeoutError:
+            raise TransportError(
+                "E520",
+                f"queue {queue!r} does not answer",
+                "it has no leader: start the nodes that hold it; if all run and it stays so, the broker lost it when "
+                f"it was killed: rabbitmqctl delete_queue {queue!r}, and it is declared anew",
+            ) from None
 
     async def _end_of(self, log_name: str) -> int:
         """Return the position that the next message of a stream gets: what comes of its end tells it.
@@ -328,6 +350,7 @@ class RabbitmqTransport:
                 except AmqpError as error:
                     raise explained(error, staged.channel.name) from error
                 self._channels[staged.channel.name] = staged.channel
+        await declarer.save(self._clock.new_id())
         await declarer.close()
         await self.send(batch)
 
