@@ -135,8 +135,10 @@ def _embedded_speed() -> list[str]:
 def _broker_speed() -> list[str]:
     """Return a line per broker: what one process consumes, what 100 callers publish, and how others do."""
     lines = [
-        "| on a broker, one process | handled and acknowledged | × raw client | × FastStream | published by 100 |"
-        " × raw client |",
+        (
+            "| on a broker, one process | handled and acknowledged | × raw client | × FastStream"
+            " | published by 100 | × raw client |"
+        ),
         "|---|--:|--:|--:|--:|--:|",
     ]
     results = [result for result in load("brokers") if result["unit"] == "/s" and result["against"]]
