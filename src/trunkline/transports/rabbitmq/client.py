@@ -292,6 +292,11 @@ class Connection(asyncio.Protocol):
         self._silent = 0
         self._timer: Any = None
 
+    @property
+    def error(self) -> AmqpError | None:
+        """Return why the connection has ended, or None while it stands."""
+        return self._error
+
     # --- opening and closing ---
 
     async def handshake(self, user: str, password: str, vhost: str, heartbeat_s: int) -> None:

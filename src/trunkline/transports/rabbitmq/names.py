@@ -105,6 +105,8 @@ class Declarer:
             await channel.call(request, commands.Queue.DeclareOk)
             await channel.call(commands.Queue.Delete(queue=queue), commands.Queue.DeleteOk)
         except AmqpError as error:
+            if self._connection.error is not None:
+                raise  # it is not the broker that refuses: the connection is gone
             log.warning("what was declared just now is lost if the broker is killed within a second: %s", error.text)
 
     async def close(self) -> None:

@@ -151,10 +151,10 @@ class RabbitmqTransport:
 
     async def _connect_to(self, host: str, port: int) -> None:
         try:
-            self._receiving = await self._sign_in(host, port)
-            self._sending = await self._sign_in(host, port, publishes=True)
-            await self._publisher.attach(await self._sending.channel())
-            declarer = Declarer(self._receiving, self._names)
+            self._receiving = receiving = await self._sign_in(host, port)
+            self._sending = sending = await self._sign_in(host, port, publishes=True)
+            await self._publisher.attach(await sending.channel())
+            declarer = Declarer(receiving, self._names)
             for channel in self._channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
@@ -165,7 +165,11 @@ class RabbitmqTransport:
                     await self._place_tokens(reader, numbers)
             for reader in self._readers.values():
                 queue = reader.queue if isinstance(reader, QueueReader) else reader.tokens.members
-                await self._answered(queue, reader.open(self._receiving))
+                await self._answered(queue, reader.open(receiving))
+            # Who breaks while they are being made is not seen by the link, which waits for both.
+            for connection in (receiving, sending):
+                if connection.error is not None:
+                    raise connection.error
         except BaseException:
             await self._disconnect()
             raise
