@@ -75,6 +75,7 @@ class App:
         self._relaying: asyncio.Task[None] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] | None = None
+        self._engines: list[Any] = []
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
         self._started = False
@@ -127,9 +128,13 @@ class App:
         channels: dict[str, Channel],
         shared: bool,  # noqa: FBT001
     ) -> None:
-        engine = getattr(self.store, "engine", None)
-        if engine is not None:
-            engine.on_failure.append(self._fail)
+        for part in (self.transport, self.store):
+            engine = getattr(part, "engine", None)
+            if engine is not None and engine not in self._engines:
+                self._engines.append(engine)
+                engine.on_failure.append(self._fail)
+                if engine.failure is not None:
+                    self._fail(engine.failure)
         for service in self.system.services:
             await self.store.run_schema(service.statements)
             self._running[service.name] = Running(self, service, await self._open_resources(service))
@@ -225,6 +230,9 @@ class App:
         await self._resources.aclose()
         await self.store.stop()
         await self.transport.stop()
+        for engine in self._engines:
+            engine.on_failure.remove(self._fail)
+        self._engines.clear()
 
     async def _flush(self) -> None:
         """Send what the last units staged; what cannot be sent now waits in the outbox for the next process."""

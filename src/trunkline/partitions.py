@@ -66,8 +66,15 @@ class Watermark:
         if not self._taken and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
+    def abandon(self) -> None:
+        """Wait for nothing more: what was handed out is another process's to finish."""
+        self._taken.clear()
+        self._done.clear()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
     async def idle(self) -> None:
-        """Wait until everything that was handed out is finished."""
+        """Wait until everything that was handed out is finished, or abandoned."""
         if self._taken:
             if self._idle is None or self._idle.done():
                 self._idle = asyncio.get_running_loop().create_future()
@@ -100,7 +107,8 @@ class Ownership:
 
     Args:
         opened: begins to read a partition that was claimed.
-        closed: ends reading it: waits for what is under way if it is to move, forgets it if it is lost.
+        closed: ends reading it: waits for what is under way if it is to move, forgets it if it is lost, which can
+            happen while it waits.
         lease_s: how long a partition stays with a silent process, in seconds.
     """
 
@@ -169,11 +177,12 @@ class Ownership:
             ends = await closing
         finally:
             renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
-        for end in ends:
-            if end is not None:
+            (renewed,) = await asyncio.gather(renewing, return_exceptions=True)
+        for end in (*ends, renewed):
+            if isinstance(end, Exception):
                 raise end
-        await self._leases.release(partitions)
+        # What was lost while it was waited for is not this process's to give.
+        await self._leases.release([partition for partition in partitions if partition in self.held])
         self.held.difference_update(partitions)
         self._moving.difference_update(partitions)
 

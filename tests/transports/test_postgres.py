@@ -325,13 +325,12 @@ async def test_partitions_move_to_a_process_that_joins_and_back_in_order(url):
             for _ in range(40):
                 await publish(50)
                 await asyncio.sleep(0.05)
-            await until(lambda: sum(map(len, by)) >= sent)
-            assert by[1]
             first, second = (app.transport._readers["reader@pg-log"].partitions for app in (one, two))
-            assert (len(first), len(second)) == (2, 2)
+            await until(lambda: sum(map(len, by)) >= sent and (len(first), len(second)) == (2, 2))
+            assert by[1]
         await publish(100)
         await until(lambda: sum(map(len, by)) >= sent)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while (await one.transport.backlog(one._consumers[0].subscription)).waiting:
                 await asyncio.sleep(0.02)
     assert sum(map(len, by)) == sent
@@ -603,6 +602,109 @@ async def test_a_process_that_was_silent_for_a_lease_commits_nothing_of_what_oth
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def shared_log(Entry, seen, go=None):
+    service = Service("reader")
+
+    @service.handle
+    async def read(entry: Entry) -> None:
+        if go is not None:
+            await go.wait()
+        seen.add(entry.number)
+
+    return service
+
+
+def partitions_of(*apps):
+    return tuple(len(app.transport._readers["reader@pg-log"].partitions) for app in apps)
+
+
+async def taken_over(app, by):
+    """Let `by` treat the process of `app` as dead, as after a restart of the server that it came back from late."""
+    engine, number = by.transport.engine, app.transport.engine.process
+    await engine.run(lambda connection: engine.members._take_over(connection, number))
+    await until(lambda: app.transport.engine.process != number and app.transport.engine.link.is_up)
+
+
+async def test_a_process_that_is_taken_over_while_it_gives_partitions_up_reads_on(url):
+    _, _, Entry = channels()
+    seen, go = set(), asyncio.Event()
+    async with App(shared_log(Entry, seen, go), another(url)) as one:
+        await one.publish_all([Entry(f"key {n}", n) for n in range(64)])
+        giving_up = one.transport._readers["reader@pg-log"].partitions.values()
+        await until(lambda: all(len(state.watermark) for state in giving_up))
+        async with App(shared_log(Entry, seen), another(url)) as two:
+            await until(lambda: any(state.leaving for state in giving_up))
+            await taken_over(one, by=two)
+            try:
+                await until(lambda: partitions_of(one, two) == (2, 2), 9)
+            finally:
+                go.set()
+            await two.publish_all([Entry(f"key {n}", n) for n in range(64, 128)])
+            await until(lambda: len(seen) == 128)
+
+
+async def test_a_partition_that_is_a_process_s_by_name_only_is_read_again(url):
+    _, _, Entry = channels()
+    seen = set()
+    async with App(shared_log(Entry, seen), another(url)) as one, App(shared_log(Entry, seen), another(url)) as two:
+        await until(lambda: partitions_of(one, two) == (2, 2))
+        ownership = one.transport._readers["reader@pg-log"].ownership
+        leases, keep = ownership._leases, ownership._leases.keep
+
+        async def unanswered(held):
+            raise TransportError("E520", "not reached")
+
+        # For longer than a lease, though nobody else has seen that: the server was away for all.
+        ownership._renewed -= 100
+        leases.keep = unanswered
+        await until(lambda: partitions_of(one, two) == (0, 2))
+        leases.keep = keep
+        await until(lambda: partitions_of(one, two) == (2, 2))
+        await two.publish_all([Entry(f"key {n}", n) for n in range(64)])
+        await until(lambda: len(seen) == 64)
+
+
+async def test_a_new_number_whose_confirmation_was_lost_is_not_taken_for_the_old_one(url, server):
+    _, _, Entry = channels()
+    seen, schema = set(), schema_of(url)
+    async with Proxy(server) as proxy, App(Service("other"), url) as other:  # noqa: SIM117 - needs its URL
+        async with App(shared_log(Entry, seen), f"{proxy.url}?schema={schema}") as app:
+            proxy.word = b"COMMIT"
+            await taken_over(app, by=other)
+            assert proxy.cuts == 1
+            await until(lambda: partitions_of(app) == (4,))
+            await other.publish_all([Entry(f"key {n}", n) for n in range(64)])
+            await until(lambda: len(seen) == 64)
+            with psycopg.connect(server) as connection:
+                members = connection.execute(f"SELECT process FROM {schema}.member").fetchall()
+            assert members == [(app.transport.engine.process,)]
+
+
+@pytest.mark.parametrize("store", ["same", "sqlite:///{}/s.db"])
+@pytest.mark.parametrize("task", ["balance", "reader", "lease", "writer"])
+async def test_a_task_of_the_adapter_that_ends_by_an_error_ends_the_app(url, tmp_path, task, store):
+    _, _, Entry = channels()
+
+    def fail(*_):
+        raise ZeroDivisionError(task)
+
+    async with App(shared_log(Entry, set()), url, store=url if store == "same" else store.format(tmp_path)) as app:
+        transport = app.transport
+        holder, name = {
+            "balance": (transport, "_balance"),
+            "reader": (transport._readers["reader@pg-log"], "load"),
+            "lease": (transport.engine.members, "sweep"),
+            "writer": (transport.engine, "_commit"),
+        }[task]
+        setattr(holder, name, fail)
+        if task == "writer":
+            with pytest.raises(TransportError, match="E520"):
+                await app.publish(Entry("a", 1))
+        with pytest.raises(ZeroDivisionError, match=task):
+            async with asyncio.timeout(5):
+                await app.ended()
 
 
 async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(effects_on_own_server):

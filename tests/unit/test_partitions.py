@@ -210,3 +210,49 @@ async def test_what_could_not_be_given_back_is_given_back_first(clock, step):
     assert [what for what, _ in one.log].count("moved") >= 4
     assert one.ownership.held == set(table.holders) == set(range(8))
     assert [what for what, _ in one.log].count("opened") == 12
+
+
+async def test_a_partition_lost_while_it_is_waited_for_is_not_given_back(clock):
+    table, under_way = Table(), asyncio.Event()
+    one, two = Member(table, clock), Member(table, clock)
+    await one.ownership.step()
+    await two.leases.keep(())
+
+    async def closed(partition, moves):
+        if moves:
+            await under_way.wait()
+
+    one.ownership._closed = closed
+    giving_back = asyncio.create_task(one.ownership.step())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    table.holders.clear()  # one was taken for dead
+    await one.ownership.lose(set(one.ownership.held))
+    await two.ownership.step()
+    under_way.set()
+    await giving_back
+    await one.ownership.step()
+    assert len(one.ownership.held) == len(two.ownership.held) == 4
+
+
+async def test_an_error_of_the_leases_while_partitions_are_waited_for_is_not_swallowed(clock):
+    table, under_way = Table(), asyncio.Event()
+    one, two = Member(table, clock), Member(table, clock)
+    await one.ownership.step()
+    await two.leases.keep(())
+
+    async def closed(partition, moves):
+        await under_way.wait()
+
+    async def broken(held):
+        raise ZeroDivisionError
+
+    one.ownership._closed = closed
+    giving_back = asyncio.create_task(one.ownership.step())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    one.leases.keep = broken
+    await clock.advance(2.1)
+    under_way.set()
+    with pytest.raises(ZeroDivisionError):
+        await giving_back

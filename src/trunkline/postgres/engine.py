@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import asyncpg
@@ -107,6 +107,7 @@ class Engine:
     Attributes:
         labels: subscriptions that Apps of this process read.
         relays: channel → the store of this process that sends its outbox.
+        failure: what ended one of the tasks, or None. on_failure: called with it.
     """
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
@@ -116,7 +117,8 @@ class Engine:
         self.stages: list[Stage] = []
         self.labels: set[str] = set()
         self.relays: dict[str, Any] = {}
-        self.on_failure: list[Callable[[TransportError], None]] = []
+        self.failure: BaseException | None = None
+        self.on_failure: list[Callable[[BaseException], None]] = []
         self.members = Members(self)
         self.sessions = Sessions(settings, clock, self.members.sessions, made=self._made, heard=self._heard)
         self.link = self.sessions.link
@@ -166,7 +168,7 @@ class Engine:
 
     async def _open(self) -> None:
         await self.sessions.start()
-        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self.members.keep())]
+        self._tasks = [self.spawn(self._work()), self.spawn(self.members.keep())]
 
     async def _made(self, writer: asyncpg.Connection) -> None:
         """Sign on over new connections."""
@@ -177,11 +179,25 @@ class Engine:
         )
         self._fence_sql = self.sql(FENCE).replace("CHANNEL", self.sessions.channel)
         for stage in self.stages:  # there are none at the first connection
-            self._keep_task(asyncio.get_running_loop().create_task(stage.reconnected(anew=new)))
+            self._keep_task(self.spawn(stage.reconnected(anew=new)))
 
     def _keep_task(self, task: asyncio.Task[None]) -> None:
         self._commit_tasks.add(task)
         task.add_done_callback(self._commit_tasks.discard)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a task without which there is no going on: an error that ends it is told to `on_failure`."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self.failure is None:
+            self.failure = error
+        for callback in self.on_failure:
+            callback(error)
 
     async def add_stage(self, stage: Stage) -> None:
         """Let `stage` take part in each group; makes its tables."""
@@ -207,8 +223,11 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail([], TransportError("E520", f"{self.settings.shown} is closed"))
+        self._fail([], self._closed_error())
         await self.sessions.close()
+
+    def _closed_error(self) -> TransportError:
+        return TransportError("E520", f"{self.settings.shown} is closed")
 
     # --- work for the next group ---
 
@@ -222,7 +241,7 @@ class Engine:
                 commit.followers.append(entry)
                 return
         self._pending.append(entry)
-        self._wake.set()
+        self._wake_worker()
 
     async def run(self, function: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         """Run `function(connection)` in a transaction of its own after what was submitted; return its result.
@@ -237,7 +256,7 @@ class Engine:
 
     async def _enqueue(self, job: _Job) -> Any:
         self._jobs.append(job)
-        self._wake.set()
+        self._wake_worker()
         return await job.future
 
     def uncommitted(self) -> list[Unit]:
@@ -273,18 +292,19 @@ class Engine:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             marker = Unit((), lambda _unit, _error: None if future.done() else future.set_result(None))
             self._pending.append(((), marker))
-            self._wake.set()
+            self._wake_worker()
             waits.append(future)
         for wait in waits:
             await asyncio.shield(wait)
 
     _writing = False
+    _over = False
 
     def commit(self, stages: tuple[Stage, ...], unit: Unit, transaction: PostgresTransaction) -> None:
         """Commit a handler's transaction with everything of its unit; `unit.done` tells when."""
         commit = _Commit((stages, unit))
         self._commits.append(commit)
-        self._keep_task(asyncio.get_running_loop().create_task(self._commit_alone(commit, transaction)))
+        self._keep_task(self.spawn(self._commit_alone(commit, transaction)))
 
     async def _commit_alone(self, commit: _Commit, transaction: PostgresTransaction) -> None:
         stages, unit = commit.entry
@@ -357,7 +377,19 @@ class Engine:
 
     # --- the group ---
 
+    def _wake_worker(self) -> None:
+        self._wake.set()
+        if self._over:
+            asyncio.get_running_loop().call_soon(self._fail, [], self._closed_error())
+
     async def _work(self) -> None:
+        try:
+            await self._write_always()
+        finally:
+            self._over = True
+            self._fail([], self._closed_error())
+
+    async def _write_always(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -367,8 +399,8 @@ class Engine:
                 self._writing = True
                 try:
                     await self._commit(entries)
-                except asyncio.CancelledError:
-                    self._fail(entries, TransportError("E520", f"{self.settings.shown} is closed"))
+                except BaseException:
+                    self._fail(entries, self._closed_error())
                     raise
                 finally:
                     self._writing = False

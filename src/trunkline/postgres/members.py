@@ -58,15 +58,17 @@ class Members:
         new = not await self._resume(connection)
         if new:
             async with connection.transaction():
-                self.number = await connection.fetchval(
+                number = await connection.fetchval(
                     self._sql("INSERT INTO @process (sessions, locked) VALUES ($1, $2) RETURNING id"),
                     self.sessions,
                     not self._engine.settings.pooled,
                 )
                 # Before the commit: no other process can see the row and find it unlocked.
-                await self._lock(connection)
+                await self._lock(connection, number)
+            # Only now: if the answer to the commit is lost, the next connection signs on anew too, and says so.
+            self.number = number
         else:
-            await self._lock(connection)
+            await self._lock(connection, self.number)
         return new
 
     async def _resume(self, connection: asyncpg.Connection) -> bool:
@@ -79,10 +81,10 @@ class Members:
         self.groups = row["groups"]
         return not row["dead"]
 
-    async def _lock(self, connection: asyncpg.Connection) -> None:
+    async def _lock(self, connection: asyncpg.Connection, number: int) -> None:
         """Hold the lock that says this process lives; while its old connection still has it, that will do."""
         if not self._engine.settings.pooled:
-            self._locked = await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", self._class, self.number)
+            self._locked = await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", self._class, number)
 
     async def sign_off(self, connection: asyncpg.Connection) -> None:
         """Be gone, with nothing left to take over."""
@@ -100,12 +102,12 @@ class Members:
                     beaten = engine.clock.monotonic()
                     await engine.run(self._beat)
                 await self.sweep()
-            except TransportError as error:
+            except (TransportError, asyncpg.PostgresError) as error:
                 log.warning("keeping the lease of %s failed: %s", engine.settings.shown, error)
 
     async def _beat(self, connection: asyncpg.Connection) -> None:
         if not self._locked:
-            await self._lock(connection)
+            await self._lock(connection, self.number)
 
     async def sweep(self) -> None:
         """Take over from processes that died."""

@@ -82,8 +82,8 @@ class PostgresStore:
             await self.stop()
             raise
         self._polls = [
-            asyncio.create_task(self._poll(STAGED_POLL_S, self._staged_callbacks)),
-            asyncio.create_task(self._poll(CHANGE_POLL_S, self._callbacks)),
+            self.engine.spawn(self._poll(STAGED_POLL_S, self._staged_callbacks)),
+            self.engine.spawn(self._poll(CHANGE_POLL_S, self._callbacks)),
         ]
         return self._same
 

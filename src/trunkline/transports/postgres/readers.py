@@ -20,6 +20,7 @@ from trunkline.partitions import CLOSE_S, Ownership, Watermark
 from trunkline.transport import Delivery, Subscription
 from trunkline.transports.postgres.tables import (
     CLAIM,
+    FREE_OWN,
     FREE_PARTITIONS,
     GIVE_BACK,
     GIVE_BACK_OTHERS,
@@ -66,7 +67,7 @@ class Reader:
 
     def start(self) -> None:
         """Begin to read."""
-        self._task = asyncio.get_running_loop().create_task(self._pump())
+        self._task = self.engine.spawn(self._pump())
 
     def look(self) -> None:
         """Look now: there may be something."""
@@ -285,8 +286,12 @@ class StreamReader(Reader):
                     await state.watermark.idle()
             except TimeoutError:
                 log.warning("%s gives partition %d up unfinished", self.subscription.label, number)
+        if self.partitions.get(number) is not state:
+            return  # lost while it was waited for
         self._leases.closing[number] = state
         del self.partitions[number]
+        if not planned:
+            state.watermark.abandon()
         self.inflow.reassigned()
 
     async def reconnected(self, *, anew: bool) -> None:
@@ -304,7 +309,7 @@ class TableLeases:
 
     Attributes:
         claimed: partition → cursor and whether suspects follow it, of those just claimed.
-        closing: partition → its state, of those that are being given up.
+        closing: partition → its state, of those that are being given up, and of those that were lost.
     """
 
     def __init__(self, reader: StreamReader) -> None:
@@ -315,21 +320,44 @@ class TableLeases:
         self.closing: dict[int, Partition] = {}
 
     async def keep(self, held: Collection[int]) -> tuple[int, set[int]]:
-        """Count processes; return which of `held` are still this process's."""
+        """Count processes; free what is this process's by name only; return which of `held` are still its own.
+
+        Such a partition was lost while the server was away, or the answer to its claim was: others leave it alone, for
+        its owner is alive, and this process, which may have its share already, does not read it.
+        """
         engine = self._engine
         if not self.joined:
             await engine.run(self._join)
             self.joined = True
+        process = engine.process
         rows = await engine.fetch(
             engine.sql(
                 "SELECT (SELECT count(*) FROM @member m JOIN @process p ON p.id = m.process AND NOT p.dead"
                 " WHERE m.subscription = $1),"
                 " array(SELECT partition FROM @cursor WHERE subscription = $1 AND owner = $2)"
             ),
-            self._reader.number, engine.process,
+            self._reader.number, process,
         )  # fmt: skip
-        members, kept = rows[0]
-        return members, set(held).intersection(kept)
+        members, named = rows[0]
+        for partition in self.closing.keys() - set(named):
+            del self.closing[partition]  # another's by now, or free
+        if loose := set(named).difference(held):
+            await self._free(sorted(loose), process)
+        return members, set(named).intersection(held)
+
+    async def _free(self, partitions: Sequence[int], process: int) -> None:
+        # How far they were handled stands there already: nobody else has read them since. Nobody died, so what was
+        # under way is suspect only if it was before, or if that is not known.
+        suspects = [n not in self.closing or self.closing[n].has_suspects() for n in partitions]
+
+        async def free(connection: asyncpg.Connection) -> None:
+            await connection.execute(
+                self._engine.sql(FREE_OWN), self._reader.number, process, list(partitions), suspects
+            )
+            self._engine.tell({"members"})
+
+        await self._engine.run(free)
+        log.warning("%s gives back partitions %s, which nobody read", self._reader.subscription.label, partitions)
 
     async def _join(self, connection: asyncpg.Connection) -> None:
         await connection.execute(
@@ -350,6 +378,7 @@ class TableLeases:
 
         rows = await engine.run(take)
         for partition, position, suspect in rows:
+            self.closing.pop(partition, None)
             self.claimed[partition] = (position, suspect)
         return [row[0] for row in rows]
 
@@ -373,7 +402,7 @@ class TableLeases:
         if states:
             await engine.run(give_back)
         for state in states:
-            del self.closing[state.number]
+            self.closing.pop(state.number, None)
 
     async def leave(self) -> None:
         """Be no longer counted."""

@@ -139,6 +139,12 @@ OWN_PARTITIONS = """
 UPDATE @cursor SET owner = $1, suspect = false WHERE subscription = $2 AND partition = ANY ($3::integer[])
 """
 
+FREE_OWN = """
+UPDATE @cursor c SET owner = 0, suspect = c.suspect OR u.suspect
+FROM unnest($3::integer[], $4::boolean[]) AS u(partition, suspect)
+WHERE c.subscription = $1 AND c.owner = $2 AND c.partition = u.partition
+"""
+
 QUEUE_BACKLOG = "SELECT count(*), count(*) FILTER (WHERE owner <> 0) FROM @message WHERE place > $1 AND place < $2"
 
 STREAM_BACKLOG = """

@@ -108,7 +108,7 @@ class PostgresTransport:
         await self._balance()
         for reader in self._readers.values():
             reader.start()
-        self._balancing = asyncio.create_task(self._keep_balance())
+        self._balancing = engine.spawn(self._keep_balance())
 
     def _take_labels(self, labels: set[str]) -> None:
         taken = labels & self.engine.labels
@@ -443,7 +443,7 @@ class PostgresTransport:
             self._balance_due.clear()
             try:
                 await self._balance()
-            except TransportError as error:
+            except (TransportError, asyncpg.PostgresError) as error:
                 log.warning("sharing the partitions of %s failed: %s", self._settings.shown, error)
 
     async def _balance(self) -> None:
