@@ -21,7 +21,7 @@ from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
 from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Connection, connect
-from trunkline.transports.rabbitmq.names import Names
+from trunkline.transports.rabbitmq.names import Declarer, Names
 from trunkline.transports.rabbitmq.queue_reader import Unacked, read_message
 from trunkline.transports.rabbitmq.stream_reader import offset_of
 from trunkline.transports.rabbitmq.tokens import Token
@@ -386,6 +386,22 @@ async def test_a_broker_short_of_memory_is_named_when_the_time_is_over(prefix):
     assert caught.value.unsent == [first]
     await transport.stop()
     brokers.stop("rabbitmq@blocked")
+
+
+async def test_a_connection_that_breaks_while_it_is_made_is_made_again(url, monkeypatch):
+    queue, cut = Queue("orders"), []
+
+    async def save(declarer, _end):
+        if not cut:
+            cut.append(declarer)
+            declarer._connection.drop(AmqpError(0, "cut"))
+            await asyncio.shield(declarer._connection._ended)
+
+    monkeypatch.setattr(Declarer, "save", save)
+    async with opened(url, channels=[queue]) as transport:
+        async with asyncio.timeout(5):
+            await transport.send([staged(queue)])
+    assert cut
 
 
 async def test_priority_overtakes(url):

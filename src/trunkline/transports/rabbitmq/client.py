@@ -297,6 +297,11 @@ class Connection(asyncio.Protocol):
         """Return why the connection has ended, or None while it stands."""
         return self._error
 
+    def check(self) -> None:
+        """Raise AmqpError if the connection has ended."""
+        if self._error is not None:
+            raise self._error
+
     # --- opening and closing ---
 
     async def handshake(self, user: str, password: str, vhost: str, heartbeat_s: int) -> None:
@@ -357,8 +362,7 @@ class Connection(asyncio.Protocol):
 
         Raises: AmqpError.
         """
-        if self._error is not None:
-            raise self._error
+        self.check()
         number = next(number for number in count(1) if number not in self._channels)
         channel = self._channels[number] = Channel(self, number)
         await channel.call(commands.Channel.Open(), commands.Channel.OpenOk)

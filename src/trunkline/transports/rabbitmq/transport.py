@@ -166,10 +166,9 @@ class RabbitmqTransport:
             for reader in self._readers.values():
                 queue = reader.queue if isinstance(reader, QueueReader) else reader.tokens.members
                 await self._answered(queue, reader.open(receiving))
-            # Who breaks while they are being made is not seen by the link, which waits for both.
-            for connection in (receiving, sending):
-                if connection.error is not None:
-                    raise connection.error
+            # One that breaks while the other is being made: the link is not up yet and takes no notice.
+            receiving.check()
+            sending.check()
         except BaseException:
             await self._disconnect()
             raise
