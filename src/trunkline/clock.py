@@ -74,8 +74,6 @@ class Clock:
         ms = int(now * 1000)
         if ms <= self._id_ms:
             return  # (ms + 1) / 1000 was rounded down
-        self._id_ms = ms
-        self._id_until = (ms + 1) / 1000
         text = f"{ms:012x}"
         entropy = int.from_bytes(os.urandom(10), "big")
         variant = 0x8000 | ((entropy >> 48) & 0x3FFF)
@@ -89,6 +87,9 @@ class Clock:
             map(f"{head}{page + 1:x}".__add__, _DIGITS),
             map(f"{head}%x".__mod__, count(page + 2 << 8)),
         )
+        # After the ids are there: another thread that sees the new time takes them without asking.
+        self._id_ms = ms
+        self._id_until = (ms + 1) / 1000
 
     def new_id(self) -> str:
         """Return a UUIDv7; see `stamp`."""
@@ -208,4 +209,6 @@ class WorkerThread:
                 job()
             except Exception as caught:  # noqa: BLE001 - handed to the loop, which decides
                 error = caught
+            if self._loop.is_closed():
+                return  # whoever waited has gone: a job that took too long was left behind
             self._loop.call_soon_threadsafe(done, error)

@@ -20,7 +20,7 @@ async def record(name: str) -> Report:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
-            bench = await make_bench(setup, Path(folder))
+            bench = await make_bench(setup, Path(folder), case)
             result = await result_of(case, bench)
             print(f"{name}: {result.outcome:7} {result.case} ({result.seconds:.1f} s) {result.note[:200]}", flush=True)
             results.append(result)

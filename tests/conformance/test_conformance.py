@@ -9,7 +9,8 @@ from trunkline.testing.conformance import cases, run_case
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(f"suite-{name}")) for name in TRANSPORTS])
 async def bench(request, tmp_path):
     # One worker per broker: the suite restarts it.
-    async with await make_bench(TRANSPORTS[request.param], tmp_path) as made:
+    case = request.node.callspec.params["case"]
+    async with await make_bench(TRANSPORTS[request.param], tmp_path, case) as made:
         yield made
 
 

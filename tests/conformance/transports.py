@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests import brokers
 from tests.conformance import foreign
-from trunkline.testing.conformance import Bench, Controls
+from trunkline.testing.conformance import Bench, Case, Controls
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,17 @@ ON = ("memory", "sqlite", "redis", "nats", "rabbitmq", "kafka", "postgres")
 TRANSPORTS = {name: KNOWN[name] for name in ON}
 
 
-def controls(setup: Setup) -> Controls:
+def broker_of(setup: Setup, case: Case | None) -> str | None:
+    """The broker a case works on: one that is killed has few channels, for it reads them all when it comes back."""
+    if setup.broker is not None and case is not None and {"kill", "restart"} & set(case.needs):
+        return setup.broker.replace("@suite", "@faults")
+    return setup.broker
+
+
+def controls(setup: Setup, name: str | None) -> Controls:
     """What the suite may do to the broker of a setup."""
-    if setup.broker is None:
+    if name is None:
         return Controls()
-    name = setup.broker
 
     async def restart() -> None:
         await asyncio.to_thread(brokers.restart, name)
@@ -63,11 +69,11 @@ def controls(setup: Setup) -> Controls:
     return Controls(restart, kill, resume, foreign.PUBLISHERS.get(setup.scheme))
 
 
-async def make_bench(setup: Setup, folder) -> Bench:
+async def make_bench(setup: Setup, folder, case: Case | None = None) -> Bench:
     """Return a bench on a transport; its broker runs then."""
-    url = f"{setup.scheme}:"
-    if setup.broker is not None:
-        url = await asyncio.to_thread(brokers.broker_url, setup.broker)
+    url, broker = f"{setup.scheme}:", broker_of(setup, case)
+    if broker is not None:
+        url = await asyncio.to_thread(brokers.broker_url, broker)
         if setup.options:
             url += ("&" if "?" in url else "?") + setup.options
-    return Bench(url, setup.store, folder=folder, controls=controls(setup), slow=setup.slow)
+    return Bench(url, setup.store, folder=folder, controls=controls(setup, broker), slow=setup.slow)

@@ -465,7 +465,7 @@ class Order(Struct):
 
 
 async def test_two_apps_share_a_stream_in_order_and_lose_nothing(url, tmp_path):
-    events = Stream("orders", key="order_id", partitions=4)
+    events = Stream("kafka-orders", key="order_id", partitions=4)
     events.event(Order)
     handled = []
 

@@ -693,8 +693,8 @@ def test_stragglers_are_acknowledged_once():
 
 # --- faults ---
 
-events = Stream("events", key="key", partitions=4)
-orders = Queue("orders")
+events = Stream("rabbitmq-events", key="key", partitions=4)
+orders = Queue("rabbitmq-orders")
 
 
 @orders.command

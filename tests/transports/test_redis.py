@@ -779,8 +779,8 @@ async def test_a_connection_that_is_cut_is_made_again(url):
 
 # --- whole systems ---
 
-orders = Stream("orders", key="customer", partitions=4)
-jobs = Queue("jobs")
+orders = Stream("redis-orders", key="customer", partitions=4)
+jobs = Queue("redis-jobs")
 
 
 @orders.event

@@ -38,9 +38,11 @@ _DISCONNECTED = (
     TimeoutError,
 )
 DRIVER_ERRORS = (
-    asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError,
+    asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, AttributeError,
 )  # fmt: skip
-"""Whatever a statement can meet."""
+"""Whatever a statement can meet; an AttributeError, see _GONE."""
+_GONE = re.compile("'NoneType' object has no attribute '(bind_execute|execute|prepare|query|close_statement)")
+"""What asyncpg says when its connection breaks between two steps of one statement."""
 _CLOSED = re.compile("closed|released|cannot perform operation: connection", re.IGNORECASE)
 
 
@@ -216,13 +218,20 @@ def not_permitted(error: Exception, settings: Settings) -> ConfigurationError:
 
 def is_lost(error: BaseException) -> bool:
     """Return whether an error means that the connection is gone."""
+    if isinstance(error, AttributeError):
+        return bool(_GONE.search(str(error)))
     if isinstance(error, asyncpg.InterfaceError) and not isinstance(error, asyncpg.PostgresError):
         return bool(_CLOSED.search(str(error)))
     return isinstance(error, _DISCONNECTED)
 
 
 def translate(error: BaseException, settings: Settings) -> TransportError:
-    """Return what a failed statement of ours means to whoever waits."""
+    """Return what a failed statement of ours means to whoever waits.
+
+    Raises: an AttributeError that is not asyncpg's.
+    """
+    if isinstance(error, AttributeError) and not is_lost(error):
+        raise error
     if isinstance(error, TransportError):
         return error
     if isinstance(error, asyncpg.DiskFullError):

@@ -144,7 +144,8 @@ class Reader:
         if error is not None:
             self._failure = error
             self.inflow.reassigned()
-        self._ended.set_result(None)
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     # --- the thread ---
 
@@ -456,6 +457,16 @@ class Reader:
         self._draining = True
         self._gone += len(self.inflow.drain())
 
+    async def _end_of_thread(self, thread: WorkerThread) -> None:
+        """Wait for the thread, but not for librdkafka, which may wait for a coordinator that is gone."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await asyncio.shield(self._ended)
+        except TimeoutError:
+            log.warning("%s: the group was not left within %.0f s: others wait for the lease", self.group, CLOSE_S)
+        else:
+            thread.stop()
+
     async def stop(self) -> None:
         """Commit what is settled and leave the group."""
         self._draining = self._stopping = True
@@ -463,8 +474,7 @@ class Reader:
             task.cancel()
         self._wake.set()
         if self._thread is not None:
-            await self._ended
-            self._thread.stop()
+            await self._end_of_thread(self._thread)
             self._thread = None
         elif self._made is not None:
             await offload(self._made.close)
