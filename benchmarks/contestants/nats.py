@@ -13,20 +13,23 @@ ACKS = 1000
 """Most messages sent and not acknowledged."""
 
 
-def raw_consume(run: Run) -> dict[str, float]:
-    """Push consumer with a callback, decoded, acknowledged one by one, 1,000 pending at most."""
+def raw_consume(run: Run, retention: str = "limits") -> dict[str, float]:
+    """Push consumer with a callback, decoded, acknowledged one by one, 1,000 pending at most.
+
+    Of a stream that keeps its messages, or of a work queue, which removes each when it is acknowledged.
+    """
     import uvloop
 
-    return uvloop.run(_raw_consume(run))
+    return uvloop.run(_raw_consume(run, retention))
 
 
-async def _raw_consume(run: Run) -> dict[str, float]:
+async def _raw_consume(run: Run, retention: str) -> dict[str, float]:
     import nats
     from nats.js.api import ConsumerConfig
 
     client = await nats.connect(url_of(run))
     stream = client.jetstream()
-    name = await _filled_stream(client, stream, run)
+    name = await _filled_stream(client, stream, run, retention)
     handled, watch = 0, None
     done = asyncio.Event()
 
@@ -42,7 +45,8 @@ async def _raw_consume(run: Run) -> dict[str, float]:
 
     await stream.subscribe(name, durable=name, cb=handle, manual_ack=True, config=ConsumerConfig(max_ack_pending=ACKS))
     await done.wait()
-    await client.flush()
+    while (await stream.consumer_info(name, name)).num_ack_pending:  # noqa: ASYNC110 - it is the server's
+        await asyncio.sleep(0.005)
     assert watch is not None
     measured = watch.read(run.messages)
     await client.close()
@@ -128,9 +132,9 @@ async def _faststream_publish(run: Run) -> dict[str, float]:
         return await outstanding(run.messages, lambda number: broker.publish(orders[number % 1000], name, stream=name))
 
 
-async def _filled_stream(client: Any, stream: Any, run: Run) -> str:
+async def _filled_stream(client: Any, stream: Any, run: Run, retention: str = "limits") -> str:
     name = fresh_name()
-    await stream.add_stream(name=name, subjects=[name])
+    await stream.add_stream(name=name, subjects=[name], retention=retention)
     for number in range(run.messages - 1):
         await client.publish(name, BODIES[number % 1000])
         if number % 1000 == 0:
