@@ -22,6 +22,7 @@ from tests.brokers import broker_url
 from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
 from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
+from trunkline.transports.postgres.tables import CLAIM
 
 
 @pytest.fixture
@@ -643,6 +644,18 @@ async def test_a_process_that_is_taken_over_while_it_gives_partitions_up_reads_o
                 go.set()
             await two.publish_all([Entry(f"key {n}", n) for n in range(64, 128)])
             await until(lambda: len(seen) == 128)
+
+
+async def test_a_process_that_was_taken_over_claims_nothing_more(url):
+    Job, _, _ = channels()
+    async with App(Service("publisher"), url) as publisher, App(Service("other"), another(url)) as other:
+        await publisher.publish_all([Job(number) for number in range(3)])
+        engine, number = publisher.transport.engine, other.transport.engine.process
+        await taken_over(other, by=publisher)
+        # Its claim was on the way, or waited for the connection, when it was declared dead.
+        claim = engine.sql(CLAIM)
+        assert await engine.fetch(claim, number, 0, 2**62, 10) == []
+        assert len(await engine.fetch(claim, engine.process, 0, 2**62, 10)) == 3
 
 
 async def test_a_partition_that_is_a_process_s_by_name_only_is_read_again(url):

@@ -101,11 +101,13 @@ PUT_STREAM_ALONE = "," + _STREAM.format(*(f"${number}" for number in range(4, 12
 
 # Claimed by ctid, which the locked rows keep; never in one statement with the removal of others: that deadlocked.
 CLAIM = """
-UPDATE @message SET owner = $1 WHERE ctid = ANY (ARRAY(
+WITH alive AS (SELECT 1 FROM @process WHERE id = $1 AND NOT dead FOR KEY SHARE)
+UPDATE @message SET owner = $1 WHERE EXISTS (SELECT 1 FROM alive) AND ctid = ANY (ARRAY(
     SELECT ctid FROM @message WHERE place > $2 AND place < $3 AND owner = 0 ORDER BY place LIMIT $4
     FOR UPDATE SKIP LOCKED
 )) RETURNING place, suspect, event
 """
+"""Nothing for a process that was taken over: what it claimed after that nobody would ever give back."""
 
 REMOVE = "DELETE FROM @message WHERE place = ANY ($1::bigint[])"
 
