@@ -161,7 +161,7 @@ async def test_a_schema_of_another_program_or_layout_is_left_alone(url, server):
         async with App(Service("one"), url):
             pass
         admin.execute(f"UPDATE {schema}.layout SET version = 99")
-        with pytest.raises(ConfigurationError, match=r"E205 schema .* has layout 99, this release reads 1"):
+        with pytest.raises(ConfigurationError, match=r"E205 schema .* has layout 99, this release reads 2"):
             await App(Service("one"), url).start()
 
 
@@ -644,6 +644,29 @@ async def test_a_process_that_is_taken_over_while_it_gives_partitions_up_reads_o
                 go.set()
             await two.publish_all([Entry(f"key {n}", n) for n in range(64, 128)])
             await until(lambda: len(seen) == 128)
+
+
+async def test_a_process_that_is_a_store_only_gives_back_all_that_a_dead_one_held(url, tmp_path):
+    Job, _, _ = channels()
+    seen, go = [], asyncio.Event()
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: Job) -> None:
+        await go.wait()
+        seen.append(job.number)
+
+    beside = App(Service("beside"), f"sqlite:///{tmp_path}/t.db", store=another(url))
+    async with App(service, url) as app, beside:
+        await app.publish(Job(1))
+        reader = app.transport._readers["worker@pg-jobs"]
+        await until(lambda: reader.held)
+        engine, number = beside.store.engine, app.transport.engine.process
+        await engine.run(lambda connection: engine.members._take_over(connection, number))
+        owners = engine.sql("SELECT count(*) FROM @message WHERE owner = $1")
+        assert (await engine.fetch(owners, number))[0][0] == 0
+        go.set()
+        await until(lambda: seen)
 
 
 async def test_a_process_that_was_taken_over_claims_nothing_more(url):

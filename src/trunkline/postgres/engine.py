@@ -71,9 +71,6 @@ class Stage(Protocol):
     def holds(self, delivery: Delivery) -> bool:
         """Return whether `delivery` is still this process's to settle."""
 
-    async def release(self, connection: asyncpg.Connection, process: int) -> None:
-        """Give back what the dead process `process` held, inside the open transaction."""
-
     async def reconnected(self, *, anew: bool) -> None:
         """React to a new connection; `anew`: what this process held was given to others meanwhile."""
 

@@ -143,9 +143,10 @@ class Members:
         if row is None:
             return False
         await connection.execute(self._sql("UPDATE @process SET dead = true WHERE id = $1"), number)
-        for stage in self._engine.stages:
-            await stage.release(connection, number)
-        self._engine.tell({"treated", "returned", "staged"})
+        # Every part there is, also one that this process does not use: nobody else would give it back.
+        for (part,) in await connection.fetch(self._sql("SELECT part FROM @layout WHERE part <> 'process'")):
+            await connection.execute(self._sql(f"SELECT @release_{part}($1)"), number)
+        self._engine.tell({"treated", "returned", "staged", "members"})
         return True
 
     async def tidy(self, connection: asyncpg.Connection) -> None:

@@ -14,7 +14,7 @@ import asyncpg
 from trunkline.errors import ConfigurationError
 from trunkline.postgres.settings import Settings, not_permitted
 
-LAYOUT = 1
+LAYOUT = 2
 """Layout of the tables; another number is not read."""
 
 PROCESSES = """
@@ -46,6 +46,8 @@ def lock_number(schema: str) -> int:
 async def ensure_part(connection: asyncpg.Connection, settings: Settings, part: str, tables: str) -> None:
     """Make the tables of a part that are missing.
 
+    Args:
+        tables: what the part has; among it a function release_PART(integer) that gives back what a dead process held.
     Raises: ConfigurationError E205 for another layout or another program's schema, E246 without permission.
     """
     schema = settings.schema

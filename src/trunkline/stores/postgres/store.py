@@ -238,10 +238,6 @@ class PostgresStore:
         """Return whether the transport still has `delivery`; one of another database is asked for itself."""
         return not self._same or delivery.row != LIVE or self._party[1].holds(delivery)
 
-    async def release(self, connection: asyncpg.Connection, process: int) -> None:
-        """Give back what a dead process had taken."""
-        await self._give_back(connection, process)
-
     async def reconnected(self, *, anew: bool) -> None:
         """What this process had taken may be another's now; see Stage."""
         if anew:
@@ -263,11 +259,6 @@ class PostgresStore:
             process,
             channels,
         )
-        self.engine.tell({"treated", "staged"})
-
-    async def _give_back(self, connection: asyncpg.Connection, process: int) -> None:
-        for table in ("parked", "relay"):
-            await connection.execute(self.engine.sql(f"UPDATE @{table} SET owner = 0 WHERE owner = $1"), process)  # noqa: S608
         self.engine.tell({"treated", "staged"})
 
     def on_staged(self, callback: Callable[[], None]) -> None:

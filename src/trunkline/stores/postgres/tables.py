@@ -42,6 +42,10 @@ CREATE INDEX dead_letter_lane ON @dead_letter (reader, lane) WHERE holds;
 CREATE TABLE @attempt (
     reader integer NOT NULL, id text COLLATE "C" NOT NULL, count integer NOT NULL, PRIMARY KEY (reader, id)
 );
+CREATE FUNCTION @release_store(dead integer) RETURNS void LANGUAGE sql AS $$
+    UPDATE @parked SET owner = 0 WHERE owner = dead;
+    UPDATE @relay SET owner = 0 WHERE owner = dead;
+$$;
 """
 
 REMEMBER = """

@@ -39,6 +39,11 @@ CREATE TABLE @member (
     subscription integer NOT NULL REFERENCES @subscription, process integer NOT NULL,
     PRIMARY KEY (subscription, process)
 );
+CREATE FUNCTION @release_channels(dead integer) RETURNS void LANGUAGE sql AS $$
+    UPDATE @message SET owner = 0, suspect = true WHERE owner = dead;
+    UPDATE @cursor SET owner = 0, suspect = true WHERE owner = dead;
+    DELETE FROM @member WHERE process = dead;
+$$;
 """
 
 NOBODY = 0

@@ -415,14 +415,6 @@ class PostgresTransport:
             return delivery.position in reader.held
         return reader is not None and delivery.partition in reader.partitions
 
-    async def release(self, connection: asyncpg.Connection, process: int) -> None:
-        """Give back what a dead process held, as suspect."""
-        sql = self.engine.sql
-        await connection.execute(sql("UPDATE @message SET owner = 0, suspect = true WHERE owner = $1"), process)
-        await connection.execute(sql("UPDATE @cursor SET owner = 0, suspect = true WHERE owner = $1"), process)
-        await connection.execute(sql("DELETE FROM @member WHERE process = $1"), process)
-        self.engine.tell({"members"})
-
     async def reconnected(self, *, anew: bool) -> None:
         """Go on with a new connection; see Stage."""
         for reader in self._readers.values():
