@@ -5,6 +5,7 @@ Invariant: nothing is signalled that was not started here: a process is known by
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -14,13 +15,18 @@ from scripts.brokers.kind import Launch, group_of
 
 PROC = Path("/proc")
 POLL_S = 0.02
+MOST_FILES = 65_536
+"""RabbitMQ's Erlang machine ends connections when it has no file left; a login shell often allows only 1,024."""
 
 
 def spawn(launch: Launch, log: Path, cwd: Path) -> subprocess.Popen[bytes]:
-    """Start a server in a session of its own; what it prints is added to `log`."""
+    """Start a server in a session of its own, with all the files that it may open; what it prints is added to `log`."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MOST_FILES if allowed == resource.RLIM_INFINITY else min(allowed, MOST_FILES)
+    shell = ("/bin/sh", "-c", f'ulimit -Sn {files}; exec "$0" "$@"')
     with log.open("ab") as out:
         return subprocess.Popen(
-            launch.argv,
+            (*shell, *launch.argv),
             env={**os.environ, **launch.env},
             cwd=cwd,
             user=launch.user,

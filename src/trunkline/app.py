@@ -141,7 +141,8 @@ class App:
         alone = asyncio.Lock()
         for service, subscription, handlers in plans:
             self._consumers.append(self._consumer(service, subscription, handlers, shared=shared, alone=alone))
-        self._relay = Relay(self.store, self.transport, channels, self.clock)
+        # Units of work outside handlers may publish to any channel, so the relay must know them all.
+        self._relay = Relay(self.store, self.transport, known_channels(self.system) | channels, self.clock)
         self._relaying = asyncio.create_task(self._relay.work())
         self._relaying.add_done_callback(self._task_ended)
         self._tidying = asyncio.create_task(self._tidy())
@@ -548,10 +549,12 @@ def channels_of(system: System) -> dict[str, Channel]:
                 raise DefinitionError(
                     "E109", f"two channels are named {channel.name!r}", "share one object, or rename one of them"
                 )
-    # Units of work outside handlers may publish to any declared channel, so the relay must know them all.
-    for declared in message_types():
-        channels.setdefault(declared.channel.name, declared.channel)
     return channels
+
+
+def known_channels(system: System) -> dict[str, Channel]:
+    """Return every channel that this process could publish to, by name: those of `system` and whatever is imported."""
+    return {declared.channel.name: declared.channel for declared in message_types()} | channels_of(system)
 
 
 async def _open_resource(stack: contextlib.AsyncExitStack, factory: Callable[[], Any]) -> Any:

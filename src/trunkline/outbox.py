@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import PublishError, TrunklineError
+from trunkline.errors import ConfigurationError, PublishError, TrunklineError
 from trunkline.store import OutboxRow, Store
 from trunkline.transport import Staged, Transport
 
@@ -66,7 +66,7 @@ class Relay:
                 return next_due
             try:
                 await self._transport.send([self._staged(row) for row in rows])
-            except PublishError:
+            except (PublishError, ConfigurationError):
                 await self._send_singly(rows)
             else:
                 await self._store.outbox_sent([row.number for row in rows])
@@ -76,7 +76,7 @@ class Relay:
         for row in rows:
             try:
                 await self._transport.send([self._staged(row)])
-            except PublishError as error:
+            except (PublishError, ConfigurationError) as error:
                 log.error(  # noqa: TRY400 - the text says it all
                     "%s refuses outbox row %d for %s, trying again in %.0f s: %s",
                     type(self._transport).__name__, row.number, row.channel, REFUSED_AGAIN_S, error,

@@ -129,6 +129,7 @@ class Transport(Protocol):
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Connect, declare channels and subscriptions that are missing, begin to receive.
 
+        `channels` are those that the App's handlers read and publish to; others are declared at their first message.
         Raises: TransportError if it cannot be reached; ConfigurationError if something exists otherwise.
         """
 

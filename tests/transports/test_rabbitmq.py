@@ -799,7 +799,7 @@ async def test_what_was_confirmed_just_after_it_was_declared_survives_kill_9_of_
 async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, caplog, subscription):
     server = brokers.broker_url(FAULTY)
     part = 2 if subscription.channel is events else None
-    queue = Names(prefix).subscription(subscription, part) if part else Names(prefix).channel("orders")
+    queue = Names(prefix).subscription(subscription, part) if part else Names(prefix).channel(orders.name)
     async with raw(server) as connection:
         channel = await connection.channel()
         arguments = {"x-queue-type": "quorum", **({"x-single-active-consumer": True} if part else {})}
@@ -813,7 +813,7 @@ async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, cap
         channel = await connection.channel()
         starting = asyncio.create_task(transport.start([], [subscription]))
         await until(lambda: said in caplog.text or starting.done())
-        assert said in caplog.text
+        assert said in caplog.text, starting
         assert f"rabbitmqctl delete_queue {queue!r}" in caplog.text
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
-from trunkline.app import channels_of, plans_of
+from trunkline.app import channels_of, known_channels, plans_of
 from trunkline.channel import Channel
 from trunkline.cli.checks import Check
 from trunkline.cli.embedded import SubscriptionBacklog, open_file, standing
@@ -80,7 +80,7 @@ def channel_named(settings: Settings, name: str) -> tuple[Channel, str]:
     if settings.app is None:
         inspector_of(settings.transport)
     target = load_target(settings)
-    channels = channels_of(target.system)
+    channels = known_channels(target.system)
     for _, subscription, _ in plans_of(target.system):
         queue = dead_letter_queue(subscription.name)  # there where no store keeps dead letters
         channels.setdefault(queue.name, queue)

@@ -5,6 +5,7 @@ Read next: failure.py.
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,19 @@ async def key_order_after_nack(bench: Bench) -> None:
     equal(by_key(reader.seen), {f"key{key}": list(range(1, 31)) for key in range(4)}, "order")
     last = max(number for number, one in enumerate(reader.seen) if one.key in {"key2", "key3"})
     must(last < 119, "the other keys waited too")
+
+
+@order.case("ordered_streams", "durable")
+async def undeclared_channel_keeps_order(bench: Bench) -> None:
+    """What is published to a Stream that nobody declared yet is kept, in the order in which it was given."""
+    log = bench.line("stream")
+    publisher = await bench.start()
+    messages = log.messages(200, keys=4)
+    await asyncio.gather(*(publisher.publish(message) for message in messages))
+    reader = bench.reader(log)
+    await bench.start(reader)
+    await bench.until(lambda: len(reader.seen) >= 200, lambda: f"{len(reader.seen)} of 200 were handled")
+    equal(by_key(reader.seen), {f"key{key}": list(range(1, 51)) for key in range(4)}, "order")
 
 
 @order.case("ordered_streams", "durable")

@@ -13,6 +13,7 @@ from typing import Any
 
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, offload
+from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
@@ -44,21 +45,24 @@ class KafkaTransport:
         self._readers: dict[str, Reader] = {}
         self._partitions: dict[str, int] = {}
         self._publisher = Publisher(self._settings)
+        self._declaring = Declaring(self._declare, self._publisher.send)
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Reach the cluster, make the topics, join the groups; see Transport."""
         try:
             await self._link.start(self._settings.timeout_s)
             subscriptions = list(subscriptions)
-            declared = {channel.name: channel for channel in channels}
-            declared |= {subscription.channel.name: subscription.channel for subscription in subscriptions}
-            self._partitions = await offload(self._cluster.declare, list(declared.values()))
+            self._declaring.start([*channels, *(subscription.channel for subscription in subscriptions)])
+            await self._declare(list(self._declaring.channels.values()))
             self._publisher.start()
             reading = [self._read(subscription) for subscription in subscriptions]
             await _all(reading)
         except BaseException:
             await self.stop()
             raise
+
+    async def _declare(self, channels: Sequence[Channel]) -> None:
+        self._partitions |= await offload(self._cluster.declare, channels)
 
     async def _connect(self) -> None:
         await offload(self._cluster.connect)
@@ -79,7 +83,7 @@ class KafkaTransport:
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Send `batch`; see Transport."""
-        return self._publisher.send(batch)
+        return self._declaring.send(batch)
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return what is there; see Transport."""
@@ -133,6 +137,7 @@ class KafkaTransport:
 
     async def stop(self) -> None:
         """Commit, leave the groups, disconnect."""
+        self._declaring.stop()
         await self._link.stop()
         await asyncio.gather(*(reader.stop() for reader in self._readers.values()))
         self._readers.clear()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock
+from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError
 from trunkline.link import TIMEOUT_S, Options
 from trunkline.message import partition_of
@@ -57,7 +58,7 @@ class NatsTransport:
         self._names = Names(prefix)
         self._layout = Layout(self._connection, self._names, replicas, self._lease_s)
         self._publisher = Publisher(self._connection, clock, self._timeout_s)
-        self._channels: list[Channel] = []
+        self._declaring = Declaring(self._declare, self._send)
         self._subscriptions: list[Subscription] = []
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._subjects: dict[str, bytes | list[bytes]] = {}
@@ -66,8 +67,8 @@ class NatsTransport:
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Connect, declare what is missing, begin to receive; see Transport."""
-        self._channels = list(channels)
         self._subscriptions = list(subscriptions)
+        self._declaring.start([*channels, *(subscription.channel for subscription in self._subscriptions)])
         for subscription in self._subscriptions:
             self._readers[subscription.label] = self._reader(subscription)
         try:
@@ -96,9 +97,7 @@ class NatsTransport:
     async def _established(self) -> None:
         """Make what a new connection needs."""
         await self._layout.check_server()
-        known = {channel.name: channel for channel in self._channels}
-        known |= {one.channel.name: one.channel for one in self._subscriptions}
-        await self._layout.declare(known.values(), self._subscriptions)
+        await self._layout.declare(self._declaring.channels.values(), self._subscriptions)
         for reader in self._readers.values():
             await reader.connected()
         await self._publisher.connected()
@@ -115,6 +114,13 @@ class NatsTransport:
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Publish `batch`; see Transport."""
+        return self._declaring.send(batch)
+
+    async def _declare(self, channels: Sequence[Channel]) -> None:
+        await self._connection.link.up(self._timeout_s)
+        await self._layout.declare(channels, ())
+
+    def _send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         return self._publisher.send([(self._subject(staged), staged) for staged in batch])
 
     def _subject(self, staged: Staged) -> bytes:
@@ -164,6 +170,7 @@ class NatsTransport:
 
     async def stop(self) -> None:
         """Give back what was not settled and disconnect; see Transport."""
+        self._declaring.stop()
         await asyncio.gather(*(reader.stop() for reader in self._readers.values()))
         self._publisher.stop()
         await self._connection.close()

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Iterable, Sequence
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
+from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Link, Options
 from trunkline.message import partition_of
@@ -83,7 +84,7 @@ class RabbitmqTransport:
         self._link = Link(address.shown, clock, self._connect)
         self._publisher = Publisher(clock, self._timeout_s, self._unreachable, self._reopen)
         self._routes: dict[str, list[Route]] = {}
-        self._channels: dict[str, Channel] = {}
+        self._declaring = Declaring(self._declare_late, self._send)
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._sending: Connection | None = None
         self._receiving: Connection | None = None
@@ -95,10 +96,8 @@ class RabbitmqTransport:
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Connect, declare, receive; see Transport."""
         wanted = list(subscriptions)
-        for channel in channels:
-            self._channels[channel.name] = channel
+        self._declaring.start([*channels, *(subscription.channel for subscription in wanted)])
         for subscription in wanted:
-            self._channels.setdefault(subscription.channel.name, subscription.channel)
             self._readers[subscription.label] = self._reader(subscription)
         try:
             await self._link.start(self._timeout_s)
@@ -155,7 +154,7 @@ class RabbitmqTransport:
             self._sending = sending = await self._sign_in(host, port, publishes=True)
             await self._publisher.attach(await sending.channel())
             declarer = Declarer(receiving, self._names)
-            for channel in self._channels.values():
+            for channel in self._declaring.channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
             await declarer.save(self._clock.new_id())
@@ -327,9 +326,9 @@ class RabbitmqTransport:
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Publish `batch`; see Transport."""
-        routes = self._routes
-        if any(staged.channel.name not in routes for staged in batch):
-            return self._declare_and_send(batch)
+        return self._declaring.send(batch)
+
+    def _send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         group = self._publisher.group(len(batch))
         self._publisher.send([self._outgoing(staged, group) for staged in batch])
         return group.done
@@ -341,21 +340,18 @@ class RabbitmqTransport:
         priority = message.priority if isinstance(channel, Queue) and channel.priority else None
         return outgoing(routes[partition], encode(message), group, staged, priority)
 
-    async def _declare_and_send(self, batch: Sequence[Staged]) -> None:
+    async def _declare_late(self, channels: Sequence[Channel]) -> None:
         await self._link.up(self._timeout_s)
         if self._receiving is None:
             raise self._unreachable()
         declarer = Declarer(self._receiving, self._names)
-        for staged in batch:
-            if staged.channel.name not in self._routes:
-                try:
-                    await self._declare(declarer, staged.channel)
-                except AmqpError as error:
-                    raise explained(error, staged.channel.name) from error
-                self._channels[staged.channel.name] = staged.channel
+        for channel in channels:
+            try:
+                await self._declare(declarer, channel)
+            except AmqpError as error:
+                raise explained(error, channel.name) from error
         await declarer.save(self._clock.new_id())
         await declarer.close()
-        await self.send(batch)
 
     # --- receiving ---
 
@@ -436,6 +432,7 @@ class RabbitmqTransport:
 
     async def stop(self) -> None:
         """Give back, disconnect; see Transport."""
+        self._declaring.stop()
         if self._flushing is not None:
             self._flushing.cancel()
             await asyncio.gather(self._flushing, return_exceptions=True)

@@ -72,14 +72,10 @@ class Publisher:
     def declare(self, channels: Iterable[Channel]) -> None:
         """Prepare the commands for `channels`."""
         for channel in channels:
-            self._declare(channel)
-
-    def _declare(self, channel: Channel) -> list[bytes]:
-        streams = Names(self._server.prefix, channel).streams
-        # Everything of the command but the value and its length.
-        heads = [pack(("XADD", stream, "*", FIELD, b"")).removesuffix(b"0\r\n\r\n") for stream in streams]
-        self._heads[channel.name] = heads
-        return heads
+            streams = Names(self._server.prefix, channel).streams
+            # Everything of the command but the value and its length.
+            heads = [pack(("XADD", stream, "*", FIELD, b"")).removesuffix(b"0\r\n\r\n") for stream in streams]
+            self._heads[channel.name] = heads
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Publish `batch`; see Transport."""
@@ -111,7 +107,7 @@ class Publisher:
                     "E313", f"message {message.id} for {channel.name!r} has {len(event)} bytes", f"at most {most} fit"
                 )
                 continue
-            places = heads.get(channel.name) or self._declare(channel)
+            places = heads[channel.name]
             place = places[partition_of(message, len(places))] if isinstance(channel, Stream) else places[0]
             out.append(b"%b%d\r\n%b\r\n" % (place, len(event), event))
         if made.refused:

@@ -15,6 +15,7 @@ from typing import Any
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
+from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
@@ -59,7 +60,7 @@ class RedisTransport:
         self._publisher = Publisher(self._server, self._link, self.failed)
         self._token = f"{socket.gethostname()}:{os.getpid()}:{clock.new_id()}"
         self._connection: Connection | None = None
-        self._channels: list[Channel] = []
+        self._declaring = Declaring(self._declare_late, self._publisher.send)
         self._readers: dict[str, Reader] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -67,15 +68,13 @@ class RedisTransport:
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Connect, declare what is missing, begin to read; see Transport."""
-        self._channels = list(channels)
-        self._publisher.declare(self._channels)
-        for subscription in subscriptions:
+        wanted = list(subscriptions)
+        self._declaring.start([*channels, *(subscription.channel for subscription in wanted)])
+        for subscription in wanted:
             kind = StreamReader if isinstance(subscription.channel, Stream) else QueueReader
             self._readers[subscription.label] = kind(
                 subscription, server=self._server, commands=self, clock=self._clock, token=self._token
             )
-            if all(channel.name != subscription.channel.name for channel in self._channels):
-                self._channels.append(subscription.channel)
         self._watching = asyncio.get_running_loop().create_task(self._watch())
         try:
             await self._link.start(self._server.timeout_s)
@@ -92,7 +91,11 @@ class RedisTransport:
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Publish `batch`; see Transport."""
-        return self._publisher.send(batch)
+        return self._declaring.send(batch)
+
+    async def _declare_late(self, channels: Sequence[Channel]) -> None:
+        await self._link.up(self._server.timeout_s)
+        await self._declare(channels)
 
     async def receive(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """Return what was read for `subscription`; see Transport."""
@@ -123,7 +126,7 @@ class RedisTransport:
     async def tidy(self) -> None:
         """Remove what is over: retention of Streams, what every reader of a Topic has, consumers that ended."""
         seconds, _ = await self.run(pack(("TIME",)))
-        for channel in self._channels:
+        for channel in self._declaring.channels.values():
             streams = Names(self._server.prefix, channel).streams
             if not isinstance(channel, Stream):
                 await self.run(TRIM.run((streams[0],)))
@@ -145,6 +148,7 @@ class RedisTransport:
 
     async def stop(self) -> None:
         """Give back what was not settled and disconnect; see Transport."""
+        self._declaring.stop()
         readers, self._readers = self._readers, {}
         for reader in readers.values():
             await reader.stop()
@@ -172,7 +176,8 @@ class RedisTransport:
             for reply in await connection.request(b"".join(script.load for script in ALL), len(ALL)):
                 if isinstance(reply, Refusal):
                     raise failure(self._server.shown, reply)  # noqa: TRY301 - closed below
-            await self._declare()
+            await self._declare(self._declaring.channels.values())
+            await self._declare_groups()
         except BaseException:
             self._connection = None
             await connection.close()
@@ -184,10 +189,10 @@ class RedisTransport:
             self._connection = self._publisher.connection = None
             self._link.lost(ConnectionError(connection.reason))
 
-    async def _declare(self) -> None:
-        """Declare what is missing. Raises: ConfigurationError E207 for what exists otherwise."""
+    async def _declare(self, channels: Iterable[Channel]) -> None:
+        """Declare what is missing of `channels`. Raises: ConfigurationError E207 for what exists otherwise."""
         counts = int(self._server.version >= COUNTS)
-        for channel in self._channels:
+        for channel in channels:
             names = Names(self._server.prefix, channel)
             partitions = len(names.streams) if isinstance(channel, Stream) else 0
             kind, existing = await self.run(DECLARE.run((names.settings,), channel.kind, partitions))
@@ -200,6 +205,10 @@ class RedisTransport:
                 )
             if isinstance(channel, Queue):
                 await self.run(GROUP.run((names.streams[0],), QUEUE_GROUP, "0", counts))
+        self._publisher.declare(channels)
+
+    async def _declare_groups(self) -> None:
+        counts = int(self._server.version >= COUNTS)
         for reader in self._readers.values():
             begin = "0" if isinstance(reader, StreamReader) and reader.start == "earliest" else "$"
             if not isinstance(reader.subscription.channel, Queue):
