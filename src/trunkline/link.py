@@ -18,6 +18,8 @@ log = logging.getLogger("trunkline.link")
 
 TIMEOUT_S = 30.0
 """How long a start or a publish waits for the broker; `?timeout_s=` in the URL says otherwise."""
+ATTEMPT_S = 60.0
+"""After this long without an answer an attempt is given up and made anew: a connection can stand and carry nothing."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 
@@ -82,7 +84,7 @@ class Link:
         wait_s = FIRST_WAIT_S
         while True:
             try:
-                await self._connect()
+                await self._attempt()
             except final:
                 raise
             except TrunklineError as error:
@@ -93,6 +95,13 @@ class Link:
                 return
             await self._clock.sleep(wait_s * (0.5 + self._clock.random()))
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
+
+    async def _attempt(self) -> None:
+        try:
+            async with asyncio.timeout(ATTEMPT_S):
+                await self._connect()
+        except TimeoutError:
+            raise TransportError("E520", "no answer in time", "") from None
 
     def unreachable(self, timeout_s: float) -> TransportError:
         """Return the error that says so."""

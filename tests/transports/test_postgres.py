@@ -403,14 +403,19 @@ class Proxy:
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self._tasks = set()
         port = self._server.sockets[0].getsockname()[1]
         self.url = self._parts._replace(netloc=f"postgres@127.0.0.1:{port}").geturl()
         return self
 
     async def __aexit__(self, *_error):
         self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _connected(self, reader, writer):
+        self._tasks.add(asyncio.current_task())
         from_server, to_server = await asyncio.open_connection(*self._place)
         cut = asyncio.Event()
 
@@ -421,7 +426,6 @@ class Proxy:
                     self.cuts += 1
                     cut.set()
                 to_server.write(data)
-            to_server.close()
 
         async def back():
             while data := await from_server.read(65536):
@@ -429,11 +433,20 @@ class Proxy:
                     writer.transport.abort()
                     break
                 writer.write(data)
-            writer.close()
-            to_server.close()
 
-        with contextlib.suppress(OSError):
-            await asyncio.gather(there(), back())
+        # Whichever side ends, and however, the other is told.
+        ways = [asyncio.create_task(way()) for way in (there, back)]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            ended = await asyncio.gather(*ways, return_exceptions=True)
+            for side in (writer, to_server):
+                side.close()
+                with contextlib.suppress(OSError):
+                    await side.wait_closed()
+            assert all(error is None or isinstance(error, OSError | asyncio.CancelledError) for error in ended), ended
 
 
 @pytest.mark.parametrize("kind", ["at once", "in a group", "from a handler", "in a transaction"])

@@ -44,6 +44,26 @@ async def test_a_refusal_at_start_is_told_at_once(clock):
         await Link("x://host", clock, broker.connect).start(30)
 
 
+async def test_an_attempt_that_hears_nothing_is_given_up_and_made_anew(clock, monkeypatch):
+    monkeypatch.setattr("trunkline.link.ATTEMPT_S", 0.02)
+    attempts = []
+
+    async def connect():
+        attempts.append(1)
+        if len(attempts) == 2:
+            await asyncio.Event().wait()  # it stands and carries nothing
+
+    link = Link("x://host", clock, connect)
+    await link.start(1)
+    link.lost(None)
+    async with asyncio.timeout(10):
+        while not link.is_up:
+            await asyncio.sleep(0.01)
+            await clock.advance(1)
+    assert len(attempts) == 3
+    await link.stop()
+
+
 async def test_a_refusal_later_may_pass_by(clock):
     broker = Broker()
     link = Link("x://host", clock, broker.connect)
