@@ -79,14 +79,19 @@ class Journal:
         self.close()
 
 
-def read_journal(path: str | os.PathLike[str]) -> Iterator[Entry]:
+def read_journal(path: str | os.PathLike[str], *, growing: bool = False) -> Iterator[Entry]:
     """Yield the entries of a journal, in order.
+
+    Args:
+        growing: its writer still runs, so a last entry that has not come to its end is not there yet.
 
     Raises: msgspec.DecodeError for a line that is none.
     """
     decode = msgspec.json.Decoder(Entry).decode
     with open(path, "rb") as file:  # noqa: PTH123 - a path-like may be no Path
         for line in file:
+            if growing and not line.endswith(b"\n"):
+                return
             yield decode(line)
 
 

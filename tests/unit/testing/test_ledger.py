@@ -242,6 +242,7 @@ def test_a_torn_line_is_an_error_not_a_shorter_history(tmp_path):
     path.write_bytes(b'["begin","p","",0]\n["invo')
     with pytest.raises(msgspec.DecodeError):
         list(read_journal(path))
+    assert [entry.kind for entry in read_journal(path, growing=True)] == [Kind.BEGIN]
 
 
 def test_a_long_history_passes():

@@ -101,8 +101,8 @@ class Worker:
 
     def journal(self) -> list[Entry]:
         """Return what it has written down so far."""
-        path = Path(self.plan.journal)
-        return list(read_journal(path)) if path.exists() else []
+        path, growing = Path(self.plan.journal), self.process.alive()
+        return list(read_journal(path, growing=growing)) if path.exists() else []
 
     def begun(self) -> list[tuple[str, str, int]]:
         """Return the messages whose handler began, each as often as it did."""
