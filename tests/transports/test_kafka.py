@@ -320,10 +320,14 @@ async def test_a_message_that_is_too_large_is_refused_alone(url):
         assert sorted(numbers(await take(transport, reader, 2))) == [1, 3]
 
 
-async def test_a_message_for_a_channel_that_does_not_exist_is_refused(url):
-    async with started(url.replace("timeout_s=30", "timeout_s=10"), channels=[Queue("jobs")]) as transport:
+async def test_a_message_for_a_topic_that_is_gone_is_refused(url, admin):
+    jobs = Queue(f"gone-{system_clock.new_id()}")
+    async with started(url.replace("timeout_s=30", "timeout_s=10"), channels=[jobs]) as transport:
+        await transport.send([staged(jobs, 1)])
+        topic = next(name for name in admin.list_topics(timeout=10).topics if name.endswith(jobs.name))
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
         with pytest.raises((PublishError, TransportError), match=r"E313|E521"):
-            await transport.send([staged(Queue("unknown"), 1)])
+            await transport.send([staged(jobs, 2)])
 
 
 async def test_more_than_the_client_buffers_is_sent_all_the_same(url, monkeypatch):

@@ -132,8 +132,7 @@ class PostgresTransport:
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", f"trunkline.{self._settings.schema}")
         for channel in channels:
             await self._declare_channel(connection, channel, routes)
-            if isinstance(channel, Stream) and channel.retention_s is not None:
-                self._retention[channel.name] = channel.retention_s
+            self._note_retention(channel)
         numbers = {}
         for subscription in subscriptions:
             route = await self._declare_channel(connection, subscription.channel, routes)
@@ -143,6 +142,10 @@ class PostgresTransport:
                 await self._declare_cursors(connection, number, route.number, subscription)
         self.engine.tell({"declared"})
         return numbers
+
+    def _note_retention(self, channel: Channel) -> None:
+        if isinstance(channel, Stream) and channel.retention_s is not None:
+            self._retention[channel.name] = channel.retention_s
 
     async def _declare_channel(
         self, connection: asyncpg.Connection, channel: Channel, routes: dict[str, _Route]
@@ -246,7 +249,10 @@ class PostgresTransport:
         now = self._clock.now()
         await self.engine.run(self.engine.members.tidy)
         for name, retention_s in self._retention.items():
-            number = self._routes[name].number
+            route = self._routes.get(name)
+            if route is None:  # its first message was not committed yet
+                continue
+            number = route.number
             partitions = await self.engine.fetch(
                 self.engine.sql("SELECT partition FROM @head WHERE channel = $1"), number
             )
@@ -314,6 +320,7 @@ class PostgresTransport:
                     route = routes.get(staged.channel.name)
                     if route is None:  # declared after the start; known once this is committed
                         route = await self._declare_channel(connection, staged.channel, undeclared)
+                        self._note_retention(staged.channel)
                     rows.add(staged, route)
                     told.add(route.word)
         return rows
