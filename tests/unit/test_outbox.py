@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.rig import until
 from trunkline import App, Queue, Service, Struct
-from trunkline.errors import PublishError, TransportError
+from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.outbox import REFUSED_AGAIN_S
 
 
@@ -34,8 +34,9 @@ class Picky:
         await self._send(batch)
 
 
-def too_large(data: bytes):
-    return PublishError("E313", "too large") if data == b'{"number":2}' else None
+def second(error):
+    """Refuse the second message."""
+    return lambda data: error if data == b'{"number":2}' else None
 
 
 async def run(service, job, tmp_path, clock, refuse, check) -> None:
@@ -47,7 +48,10 @@ async def run(service, job, tmp_path, clock, refuse, check) -> None:
         await check(picky)
 
 
-async def test_a_message_the_broker_refuses_waits_and_stands_in_nobodys_way(job, tmp_path, clock, caplog):
+@pytest.mark.parametrize(
+    "error", [PublishError("E313", "too large"), ConfigurationError("E207", "its channel exists otherwise")], ids=str
+)
+async def test_a_message_the_broker_refuses_waits_and_stands_in_nobodys_way(job, tmp_path, clock, caplog, error):
     seen: list[int] = []
     service = Service("worker")
 
@@ -62,7 +66,7 @@ async def test_a_message_the_broker_refuses_waits_and_stands_in_nobodys_way(job,
         await clock.advance(REFUSED_AGAIN_S)
         await until(lambda: seen == [1, 3, 2])
 
-    await run(service, job, tmp_path, clock, too_large, check)
+    await run(service, job, tmp_path, clock, second(error), check)
 
 
 async def test_while_the_broker_does_not_answer_everything_waits_in_order(job, tmp_path, clock):

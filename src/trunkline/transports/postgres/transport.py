@@ -132,7 +132,6 @@ class PostgresTransport:
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext($1))", f"trunkline.{self._settings.schema}")
         for channel in channels:
             await self._declare_channel(connection, channel, routes)
-            self._note_retention(channel)
         numbers = {}
         for subscription in subscriptions:
             route = await self._declare_channel(connection, subscription.channel, routes)
@@ -142,10 +141,6 @@ class PostgresTransport:
                 await self._declare_cursors(connection, number, route.number, subscription)
         self.engine.tell({"declared"})
         return numbers
-
-    def _note_retention(self, channel: Channel) -> None:
-        if isinstance(channel, Stream) and channel.retention_s is not None:
-            self._retention[channel.name] = channel.retention_s
 
     async def _declare_channel(
         self, connection: asyncpg.Connection, channel: Channel, routes: dict[str, _Route]
@@ -177,6 +172,8 @@ class PostgresTransport:
                 sql("INSERT INTO @head SELECT $1, n, 1 FROM generate_series(0, $2 - 1) n ON CONFLICT DO NOTHING"),
                 number, partitions,
             )  # fmt: skip
+        if isinstance(channel, Stream) and channel.retention_s is not None:
+            self._retention[channel.name] = channel.retention_s
         return route
 
     async def _declare_subscription(self, connection: asyncpg.Connection, channel: int, name: str) -> int:
@@ -252,12 +249,11 @@ class PostgresTransport:
             route = self._routes.get(name)
             if route is None:  # its first message was not committed yet
                 continue
-            number = route.number
             partitions = await self.engine.fetch(
-                self.engine.sql("SELECT partition FROM @head WHERE channel = $1"), number
+                self.engine.sql("SELECT partition FROM @head WHERE channel = $1"), route.number
             )
             for (partition,) in partitions:
-                await self.engine.fetch(self.engine.sql(TRIM), number, partition, int(now - retention_s))
+                await self.engine.fetch(self.engine.sql(TRIM), route.number, partition, int(now - retention_s))
 
     async def drain(self) -> None:
         """Stop handing out; see Transport."""
@@ -320,7 +316,6 @@ class PostgresTransport:
                     route = routes.get(staged.channel.name)
                     if route is None:  # declared after the start; known once this is committed
                         route = await self._declare_channel(connection, staged.channel, undeclared)
-                        self._note_retention(staged.channel)
                     rows.add(staged, route)
                     told.add(route.word)
         return rows

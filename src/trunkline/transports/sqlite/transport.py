@@ -129,7 +129,6 @@ class SqliteTransport:
     ) -> dict[str, tuple[int, int]]:
         for channel in channels:
             self._declare_channel(connection, channel)
-            self._note_retention(channel)
         count_up(connection, "declared")
         numbers = {}
         for subscription in subscriptions:
@@ -147,10 +146,6 @@ class SqliteTransport:
             if isinstance(subscription.channel, Stream):
                 self._declare_partitions(connection, number, subscription)
         return numbers
-
-    def _note_retention(self, channel: Channel) -> None:
-        if isinstance(channel, Stream) and channel.retention_s is not None:
-            self._retention[channel.name] = channel.retention_s
 
     def _declare_channel(self, connection: apsw.Connection, channel: Channel) -> int:
         partitions = getattr(channel, "partitions", 0)
@@ -173,6 +168,8 @@ class SqliteTransport:
                 "INSERT INTO trunkline_subscription (channel, name) VALUES (?, ?) ON CONFLICT DO NOTHING",
                 (number, channel.name),
             )
+        if isinstance(channel, Stream) and channel.retention_s is not None:
+            self._retention[channel.name] = channel.retention_s
         return int(number)
 
     def _declare_partitions(self, connection: apsw.Connection, number: int, subscription: Subscription) -> None:
@@ -454,7 +451,6 @@ class SqliteTransport:
 
     def _new_route(self, connection: apsw.Connection, channel: Channel) -> _Route:
         route = _Route(self._declare_channel(connection, channel))
-        self._note_retention(channel)
         count_up(connection, "declared")
         subscriptions = "SELECT id FROM trunkline_subscription WHERE channel = ?"
         if not isinstance(channel, Stream):
