@@ -18,6 +18,7 @@ from scripts.brokers.lifecycle import KINDS, Name
 from scripts.brokers.packages import download_jars, locked
 from tests import brokers
 from tests.faults.broker_wire import WIRES
+from tests.faults.processes import until
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
@@ -62,6 +63,7 @@ def live(kind) -> Life:
         url_again = brokers.broker_url(name)
         pid_again = brokers.record(name)["pid"]
         wire.write(url)
+        until(lambda: wire.is_written(brokers.folder(name) / "data"), "what was confirmed in the files")
         in_use = listening(first)
         brokers.kill(name)
         after_kill = listening(first)

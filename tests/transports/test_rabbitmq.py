@@ -404,6 +404,19 @@ async def test_a_connection_that_breaks_while_it_is_made_is_made_again(url, monk
     assert cut
 
 
+async def test_what_waits_for_a_connection_is_sent_when_its_queue_is_there_again(url, server, prefix):
+    queue = Queue("orders")
+    async with opened(url, channels=[queue]) as transport:
+        async with raw(server) as other:
+            channel = await other.channel()
+            await channel.call(commands.Queue.Delete(queue=f"{prefix}.orders"), commands.Queue.DeleteOk)
+        transport._sending.drop(AmqpError(0, "cut"))
+        await transport.send([staged(queue, 1)])
+        reader = Subscription("orders", queue)
+        async with opened(url, reader) as other:
+            assert subjects(await received(other, reader, 1)) == [1]
+
+
 async def test_priority_overtakes(url):
     queue = Queue("orders", priority=True)
     reader = Subscription("orders", queue)

@@ -152,13 +152,14 @@ class RabbitmqTransport:
         try:
             self._receiving = receiving = await self._sign_in(host, port)
             self._sending = sending = await self._sign_in(host, port, publishes=True)
-            await self._publisher.attach(await sending.channel())
             declarer = Declarer(receiving, self._names)
             for channel in self._declaring.channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
             await declarer.save(self._clock.new_id())
             await declarer.close()
+            # Only now: what waits to be sent would find no queue where the broker has none yet, or none any more.
+            await self._publisher.attach(await sending.channel())
             for reader, numbers in zip(self._readers.values(), new, strict=True):
                 if isinstance(reader, StreamReader):
                     await self._place_tokens(reader, numbers)
