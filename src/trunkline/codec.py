@@ -37,7 +37,10 @@ _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
-    """Return (encode, decode) of JSON for `cls`, with limits and errors as `checked_encode` and `checked_decode`.
+    """Return (encode, decode) of JSON for `cls`, the latter with limits and errors as `checked_decode`.
+
+    `encode` raises TypeError, ValueError or RecursionError for what has no JSON form; `make_message`, which alone calls
+    it, makes errors of that and of the size: one call less for each message.
 
     Args:
         cls: msgspec Struct, dataclass, attrs class, TypedDict or pydantic model.
@@ -48,7 +51,7 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
 
     if hasattr(cls, "model_validate_json"):
         encode = only_finite(_encode_pydantic, _dump_pydantic)
-        return checked_encode(encode, name), checked_decode(cls.model_validate_json, name)
+        return encode, checked_decode(cls.model_validate_json, name)
     fields = ("__struct_fields__", "__dataclass_fields__", "__attrs_attrs__")
     if not (is_typeddict(cls) or any(hasattr(cls, field) for field in fields)):
         raise DefinitionError(
@@ -64,7 +67,7 @@ def compile_codec(cls: type, name: str) -> tuple[Encode, Decode]:
 
     deep = is_deep(cls, MAX_DEPTH)
     encode = only_finite(encode_json) if may_hold_float(cls) else encode_json
-    return checked_encode(encode, name), checked_decode(decoder.decode, name, deep=deep)
+    return encode, checked_decode(decoder.decode, name, deep=deep)
 
 
 def _encode_pydantic(payload: Any) -> bytes:
@@ -75,26 +78,18 @@ def _dump_pydantic(payload: Any) -> Any:
     return payload.model_dump()
 
 
-def checked_encode(encode: Encode, name: str) -> Encode:
-    """Return `encode` with the size limit.
+def not_encoded(name: str, error: Exception) -> PayloadError:
+    """Return E301: what an encoder raised for a payload of the type `name`."""
+    return PayloadError("E301", f"{name} cannot be encoded: {_first_line(error)}")
 
-    It raises: PayloadError E301 (no JSON form) or E302 (too large).
-    """
 
-    def checked(payload: Any) -> bytes:
-        try:
-            data = encode(payload)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PayloadError("E301", f"{name} cannot be encoded: {_first_line(error)}") from error
-        if len(data) > MAX_PAYLOAD_BYTES:
-            raise PayloadError(
-                "E302",
-                f"{name} is {len(data)} bytes",
-                f"at most {MAX_PAYLOAD_BYTES} are accepted; store it elsewhere and send a reference",
-            )
-        return data
-
-    return checked
+def too_large(name: str, size: int) -> PayloadError:
+    """Return E302: a payload has more than MAX_PAYLOAD_BYTES."""
+    return PayloadError(
+        "E302",
+        f"{name} is {size} bytes",
+        f"at most {MAX_PAYLOAD_BYTES} are accepted; store it elsewhere and send a reference",
+    )
 
 
 def checked_decode(decode: Callable[[bytes], Any], name: str, *, deep: bool = True) -> Decode:

@@ -137,7 +137,7 @@ class Deliverer:
         self.epoch = 0
         self.stopping = False
 
-    def deliver(  # noqa: PLR0911 - the story in one place, and the hot path
+    def deliver(  # noqa: C901, PLR0911 - the story in one place, and the hot path
         self, delivery: Delivery
     ) -> Coroutine[Any, Any, None] | None:
         """Take one delivery to its settlement; what cannot be finished at once is returned, to be awaited.
@@ -176,7 +176,10 @@ class Deliverer:
                 self._stage(route, unit, message, step.value)
             except Exception as error:  # noqa: BLE001 - as above
                 return self._handle(route, unit, delivery, _Raised(error))
-        self.settle(unit, ACK)
+        if unit.context is None and delivery.row == LIVE:
+            self._store.submit(unit)  # the usual case: `settle` has nothing else to do
+        else:
+            self.settle(unit, ACK)
         return None
 
     def _known_outcome(self, delivery: Delivery) -> Outcome | None:

@@ -19,6 +19,7 @@ import msgspec
 
 from trunkline.channel import Channel, MessageType, Queue, declared_types, message_type
 from trunkline.clock import Clock
+from trunkline.codec import MAX_PAYLOAD_BYTES, not_encoded, too_large
 from trunkline.errors import DefinitionError, PublishError, TransactionError, UnroutableError
 from trunkline.message import Message, checked
 from trunkline.policies.retry import Retry
@@ -320,7 +321,12 @@ def make_message(
         key = declared.key_of(payload)
         if key.__class__ is not str and key is not None:
             key = str(key)
-    data = declared.encode(payload)
+    try:
+        data = declared.encode(payload)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise not_encoded(declared.name, error) from error
+    if len(data) > MAX_PAYLOAD_BYTES:
+        raise too_large(declared.name, len(data))
     message_id, now = clock.stamp()
     if cause is None:
         message = Message(message_id, declared.name, source, data, now, key, None, None, declared.version)

@@ -197,13 +197,12 @@ class Lanes:
         while True:
             while ready and not self._paused:
                 delivery = ready.popleft()
-                key = delivery.key
-                if busy and key in busy:
+                if busy and (key := delivery.key) is not None and key in busy:
                     busy[key].append(delivery)
                     continue
                 rest_of_it = deliver(delivery)
                 if rest_of_it is not None:
-                    await self._stay_with(rest_of_it, key)
+                    await self._stay_with(rest_of_it, delivery.key)
             self._awake -= 1
             if self._waiting:
                 self._tell_rested()

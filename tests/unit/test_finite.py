@@ -103,7 +103,7 @@ def test_a_type_with_a_float_anywhere_is_looked_at(cls):
 )
 def test_a_number_that_json_cannot_say_is_refused_with_its_place(payload, place):
     encode, _ = compile_codec(Shelf if isinstance(payload, dict) else type(payload), "price")
-    with pytest.raises(PayloadError, match=rf"^E301 price cannot be encoded: {place}, .*finite number is needed"):
+    with pytest.raises(ValueError, match=rf"^{place}, .*finite number is needed"):
         encode(payload)
 
 
