@@ -10,6 +10,7 @@ from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from tests.brokers import broker_url, kill, restart, resume
+from tests.transports.kafka_front import Front
 from trunkline import Service, Struct
 from trunkline.app import App
 from trunkline.channel import Queue, Stream, Topic
@@ -334,7 +335,7 @@ async def test_more_than_the_client_buffers_is_sent_all_the_same(url, monkeypatc
     from trunkline.transports.kafka.settings import Settings
 
     usual = Settings.producer
-    small = lambda self, note: usual(self, note) | {"queue.buffering.max.messages": 100}
+    small = lambda self, *notes: usual(self, *notes) | {"queue.buffering.max.messages": 100}
     monkeypatch.setattr(Settings, "producer", small)
     events = Stream("events", partitions=1)
     reader = Subscription("a", events)
@@ -458,6 +459,85 @@ async def test_stopping_while_the_broker_is_gone_does_not_take_long(url):
             assert time.monotonic() - began < 15
         finally:
             await asyncio.to_thread(resume, "kafka")
+
+
+# --- a cluster that says for a moment that it has no brokers ---
+
+
+@asynccontextmanager
+async def before_the_broker(url):
+    """Stand before the broker; gives what stands there, and the URL by which it is reached."""
+    port = url.partition("?")[0].rpartition(":")[2]
+    async with Front(int(port)) as front:
+        yield front, url.replace(f":{port}", f":{front.port}")
+
+
+async def forgotten(front, *clients):
+    """Have every one of the clients told that there are no brokers, until none of them knows one."""
+    front.empties = True
+    front.hang_up()
+
+    async def all_know_none():
+        return all(one() for one in clients)
+
+    await until(all_know_none)
+    front.empties = False
+    assert front.answered
+
+
+async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog):
+    events = Stream("events", partitions=4)
+    reader = Subscription("a", events)
+    async with before_the_broker(url) as (front, through), started(through, reader) as transport:
+        await transport.send([staged(events, number, str(number)) for number in range(8)])
+        taken = await take(transport, reader, 8, settle=False)
+        first = transport._readers[reader.label]._consumer
+        await forgotten(front, lambda: transport._readers[reader.label]._consumer is not first)
+        assert "has lost every broker" in caplog.text
+        async with started(url, channels=[events]) as other:
+            await other.send([staged(events, number, str(number)) for number in range(8, 16)])
+        await transport.settle(taken)  # they were another's to settle meanwhile: they come again
+        found = set()
+        async with asyncio.timeout(60):
+            while len(found) < 16:
+                batch = await transport.receive(reader, 100)
+                await transport.settle(batch)
+                found |= set(numbers(batch))
+        assert found == set(range(16))
+
+
+async def test_a_producer_that_knows_no_broker_any_more_is_made_anew(url, caplog, monkeypatch):
+    from trunkline.transports.kafka.settings import Settings
+    from trunkline.transports.kafka.stranded import TIMES
+
+    usual, said = Settings.producer, []
+
+    def mute(self, error_cb, stats_cb):
+        said.append(stats_cb)
+        return usual(self, error_cb, lambda _statistics: None)
+
+    monkeypatch.setattr(Settings, "producer", mute)
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as there, before_the_broker(url) as (front, through):
+        said.clear()
+        async with started(through, channels=[jobs]) as transport:
+            await transport.send([staged(jobs, 1)])
+            await front.stop()
+            lost = [staged(jobs, 2)]
+            sending = asyncio.ensure_future(transport.send(lost))
+            began = time.monotonic()
+            for _ in range(TIMES):
+                said[0]('{"brokers": {"GroupCoordinator": {"source": "logical"}}}')
+            with pytest.raises(TransportError, match=r"E52[01]") as caught:
+                await sending
+            assert caught.value.unsent == lost
+            assert time.monotonic() - began < 10, "not after timeout_s"
+            await front.start()
+            await transport.send([staged(jobs, 3)])
+        assert len(said) == 2
+        assert "publishing: the client has lost every broker" in caplog.text
+        assert sorted(numbers(await take(there, reader, 2))) == [1, 3]
 
 
 # --- two Apps ---

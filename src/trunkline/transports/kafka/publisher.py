@@ -21,6 +21,7 @@ from trunkline.errors import PublishError, TransportError, TrunklineError
 from trunkline.message import partition_of
 from trunkline.transport import Staged
 from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, ClusterState, Settings, client_log, describe, failure
+from trunkline.transports.kafka.stranded import Stranded
 
 log = logging.getLogger("trunkline.kafka")
 
@@ -97,10 +98,12 @@ class Publisher:
         self._begin()
 
     def _begin(self) -> None:
-        self._producer = producer = Producer(self._settings.producer(self._state.note), logger=client_log)
+        stranded = Stranded()
+        configured = self._settings.producer(self._state.note, stranded.note)
+        self._producer = producer = Producer(configured, logger=client_log)
         ended: asyncio.Future[None] = self._loop.create_future()
         thread = WorkerThread("trunkline-kafka-publisher")
-        thread.submit(partial(self._wait_for_answers, producer), partial(_end, ended))
+        thread.submit(partial(self._wait_for_answers, producer, stranded), partial(_end, ended))
         self._threads.append((thread, ended))
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
@@ -165,15 +168,25 @@ class Publisher:
 
     # --- answers ---
 
-    def _wait_for_answers(self, producer: Producer) -> None:
+    def _wait_for_answers(self, producer: Producer, stranded: Stranded) -> None:
         """Collect answers until the producer is done with; in the thread."""
+        asked = False
         while not self._stopping and producer is self._producer:
             if producer.poll(POLL_S):
                 self._loop.call_soon_threadsafe(self._resolve)
-        producer.flush(self._settings.timeout_s if not self._stopping else 0)
+            if stranded and not asked:
+                asked = True
+                self._loop.call_soon_threadsafe(self._begin_anew, producer)
+        producer.flush(0 if self._stopping or stranded else self._settings.timeout_s)
         producer.purge()
         producer.flush(POLL_S)
         self._loop.call_soon_threadsafe(self._resolve)
+
+    def _begin_anew(self, stranded: Producer) -> None:
+        """Send with a new producer: this one asks nobody any more, what it has is not confirmed; see stranded.py."""
+        if stranded is self._producer:
+            log.warning("publishing: the client has lost every broker of %s, it is made anew", self._settings.shown)
+            self._begin()
 
     def _resolve(self) -> None:
         answers = self._answers

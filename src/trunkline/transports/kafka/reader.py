@@ -26,6 +26,7 @@ from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
 from trunkline.transports.kafka.settings import ClusterState, Settings, client_log, describe
+from trunkline.transports.kafka.stranded import Stranded
 
 log = logging.getLogger("trunkline.kafka")
 
@@ -88,6 +89,7 @@ class Reader:
         self._plain = channel.plain
         self._loop = asyncio.get_running_loop()
         self._made: Consumer | None = None
+        self._stranded = Stranded()
         self._state = ClusterState(settings, self.group)
         self._thread: WorkerThread | None = None
         self._failure: BaseException | None = None
@@ -117,7 +119,7 @@ class Reader:
             ends: where it begins, per partition. They were looked up before this: what is published after two processes
                 have started at once is behind the ends that either of them saw.
         """
-        self._made = consumer = Consumer(self._settings.consumer(self.group, self._state.note), logger=client_log)
+        consumer = self._make()
         places = [TopicPartition(self.topic, number) for number in ends]
         known = cluster.patiently(
             lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
@@ -133,7 +135,16 @@ class Reader:
             except KafkaException as error:
                 # Another process of this subscription was faster and reads already.
                 log.debug("%s: the beginning is not committed: %s", self.group, describe(error.args[0]))
-        consumer.subscribe([self.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
+        self._join()
+
+    def _make(self) -> Consumer:
+        self._stranded = Stranded()
+        configured = self._settings.consumer(self.group, self._state.note, self._stranded.note)
+        self._made = consumer = Consumer(configured, logger=client_log)
+        return consumer
+
+    def _join(self) -> None:
+        self._consumer.subscribe([self.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def start(self) -> None:
         """Begin to read."""
@@ -157,6 +168,8 @@ class Reader:
     def _work(self) -> None:
         try:
             while not self._stopping:
+                if self._stranded:
+                    self._join_anew()
                 self._commit()
                 most = self._room()
                 if most < 1:
@@ -165,6 +178,17 @@ class Reader:
                     self._read(most)
         finally:
             self._close()
+
+    def _join_anew(self) -> None:
+        """Read on with a new consumer: this one asks nobody any more; see stranded.py."""
+        log.warning("%s: the client has lost every broker of %s, it is made anew", self.group, self._settings.shown)
+        if self._places:
+            self._lost(self._consumer, self._assignment())
+        self._unopened.clear()
+        # It waits for nobody: there is no coordinator to leave, and nothing of a partition is left to commit.
+        self._consumer.close()
+        self._make()
+        self._join()
 
     def _read(self, most: int) -> None:
         """Hand over what the client has; wait for one record while it has none."""

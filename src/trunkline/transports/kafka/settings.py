@@ -18,6 +18,7 @@ from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Options
 from trunkline.partitions import LEASE_S
 from trunkline.transport import Address
+from trunkline.transports.kafka.stranded import STATISTICS_S
 from trunkline.wire import MAX_WIRE_BYTES
 
 log = logging.getLogger("trunkline.kafka")
@@ -93,10 +94,12 @@ class Settings(msgspec.Struct, frozen=True):
         """Return the name of a subscription's group."""
         return f"{self.prefix}.{subscription}.{channel}"
 
-    def producer(self, error_cb: Callable[[KafkaError], None]) -> dict[str, Any]:
+    def producer(self, error_cb: Callable[[KafkaError], None], stats_cb: Callable[[str], None]) -> dict[str, Any]:
         """Return how a producer is configured."""
         return self.client | {
             "error_cb": error_cb,
+            "stats_cb": stats_cb,
+            "statistics.interval.ms": int(STATISTICS_S * 1000),
             "acks": "all",
             "enable.idempotence": True,
             "linger.ms": LINGER_MS,
@@ -105,10 +108,14 @@ class Settings(msgspec.Struct, frozen=True):
             "queue.buffering.max.kbytes": 4 * BUFFER_KBYTES,
         }
 
-    def consumer(self, group: str, error_cb: Callable[[KafkaError], None]) -> dict[str, Any]:
+    def consumer(
+        self, group: str, error_cb: Callable[[KafkaError], None], stats_cb: Callable[[str], None]
+    ) -> dict[str, Any]:
         """Return how the consumer of one subscription is configured."""
         return self.client | {
             "error_cb": error_cb,
+            "stats_cb": stats_cb,
+            "statistics.interval.ms": int(STATISTICS_S * 1000),
             "group.id": group,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
