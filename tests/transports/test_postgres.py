@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
+from zlib import crc32
 
 import asyncpg
 import psycopg
@@ -657,6 +658,44 @@ async def test_a_process_that_is_taken_over_while_it_gives_partitions_up_reads_o
                 go.set()
             await two.publish_all([Entry(f"key {n}", n) for n in range(64, 128)])
             await until(lambda: len(seen) == 128)
+
+
+def keys_of(*partitions):
+    """Return keys whose messages are in one of these partitions of four."""
+    return [key for key in (f"key {n}" for n in range(64)) if crc32(key.encode()) % 4 in partitions]
+
+
+async def test_a_process_whose_whole_inflow_moves_away_reads_on(url):
+    _, _, Entry = channels()
+    seen, others, go = set(), set(), asyncio.Event()
+    leaving = keys_of(2, 3)
+    async with App(shared_log(Entry, seen, go), another(url)) as one:
+        await one.publish_all([Entry(leaving[n % len(leaving)], n) for n in range(2500)])
+        inflow = one.transport._readers["reader@pg-log"].inflow
+        await until(lambda: inflow._writers)
+        async with App(shared_log(Entry, others), another(url)) as two:
+            await until(lambda: not len(inflow))
+            go.set()
+            await until(lambda: partitions_of(one, two) == (2, 2))
+            await two.publish_all([Entry(key, 10_000 + n) for n, key in enumerate(keys_of(0, 1))])
+            await until(lambda: len(seen | others) == 2500 + len(keys_of(0, 1)))
+            assert max(seen) >= 10_000
+
+
+@pytest.mark.parametrize("label", ["reader@pg-jobs", "reader@pg-log"])
+async def test_a_process_that_is_taken_over_while_its_inflow_is_full_reads_on(url, label):
+    Job, _, Entry = channels()
+    seen, go = set(), asyncio.Event()
+    made = [Job(n) if label == "reader@pg-jobs" else Entry(f"key {n}", n) for n in range(2500)]
+    service = shared_log(type(made[0]), seen, go)
+    async with App(service, another(url)) as app, App(Service("publisher"), another(url)) as other:
+        await other.publish_all(made)
+        inflow = app.transport._readers[label].inflow
+        await until(lambda: inflow._writers)
+        await taken_over(app, by=other)
+        await until(lambda: not len(inflow))
+        go.set()
+        await until(lambda: len(seen) == len(made))
 
 
 async def test_a_process_that_is_a_store_only_gives_back_all_that_a_dead_one_held(url, tmp_path):
