@@ -23,6 +23,7 @@ from tests.brokers import broker_url
 from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
 from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
+from trunkline.testing import soak
 from trunkline.transports.postgres.tables import CLAIM
 
 
@@ -838,6 +839,41 @@ async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(
     assert len(found) == len(set(found))
     assert set(found) - set(confirmed) <= set(unknown)
     assert len(confirmed) > 100
+
+
+def soaking(url, folder, said, *arguments):
+    options = soak.parser().parse_args([url, "--store", url, *arguments])
+    return soak.Soak(options, folder, said.append)
+
+
+async def test_a_soak_reads_effects_again_when_the_server_that_keeps_them_is_back(effects_on_own_server, tmp_path):
+    url, _, _ = effects_on_own_server
+    said = []
+    run = soaking(url, tmp_path, said)
+    await asyncio.to_thread(brokers.kill, "postgres@own")
+    reading = asyncio.create_task(run.done())
+    await until(lambda: said or reading.done())
+    assert not reading.done()
+    await asyncio.to_thread(brokers.resume, "postgres@own")
+    assert await reading == []
+    assert len(said) == 1
+    assert said[0].startswith("the effects cannot be read, waiting up to 60 s for their store: E520")
+
+
+@pytest.mark.timeout(120)
+def test_a_soak_whose_server_stays_away_ends_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(soak, "AWAY_S", 1.0)
+    server = broker_url("postgres@own")
+    kill = f"{sys.executable} -m scripts.brokers kill postgres@own"
+    try:
+        arguments = ["--messages", "4000", "--kills", "0", "--pause", "0.01", "--keys", "4", "--folder", str(tmp_path)]
+        assert soak.main([server, "--store", server, "--restart-broker", kill, *arguments]) == 1
+    finally:
+        brokers.stop("postgres@own", wipe=True)
+    said = capsys.readouterr().out
+    assert "waiting up to 1 s for their store" in said
+    assert "FAILED, seed" in said
+    assert "E520" in said.partition("FAILED, seed")[2]
 
 
 @pytest.fixture
