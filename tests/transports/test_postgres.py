@@ -36,14 +36,14 @@ def server() -> str:
 async def url(server):
     """The server's URL with a schema of the test's own."""
     schema = f"t{secrets.token_hex(6)}"
-    yield f"{server}?schema={schema}"
+    yield f"{server}?prefix={schema}"
     connection = await asyncpg.connect(server)
     await connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE')
     await connection.close()
 
 
 def schema_of(url: str) -> str:
-    return urlsplit(url).query.partition("schema=")[2].partition("&")[0]
+    return urlsplit(url).query.partition("prefix=")[2].partition("&")[0]
 
 
 def another(url: str) -> str:
@@ -102,8 +102,8 @@ async def test_a_stream_with_other_partitions_is_refused(url, server):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
-        ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
+        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?prefix=A-b", "E241"), ("?sslmode=maybe", "E241"),
+        ("?schema=shop", "E240"), ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
     ],
 )  # fmt: skip
 async def test_what_a_url_cannot_ask_for_is_refused(server, change, code):
@@ -136,7 +136,7 @@ async def test_a_wrong_password_is_refused_without_telling_it():
     with pytest.raises(ConfigurationError, match="E244") as refused:
         await App(Service("one"), wrong).start()
     assert "hush" not in str(refused.value)
-    async with App(Service("one"), f"{right}?schema=t{secrets.token_hex(6)}"):
+    async with App(Service("one"), f"{right}?prefix=t{secrets.token_hex(6)}"):
         pass
     brokers.stop("postgres:password")
 
@@ -148,7 +148,7 @@ async def test_a_user_who_may_not_create_a_schema_is_told_so(server):
         parts = urlsplit(server)
         url = parts._replace(netloc=f"{name}@{parts.hostname}:{parts.port}").geturl()
         with pytest.raises(ConfigurationError, match="E246"):
-            await App(Service("one"), f"{url}?schema={name}").start()
+            await App(Service("one"), f"{url}?prefix={name}").start()
         admin.execute(f"DROP ROLE {name}")
 
 
@@ -234,7 +234,7 @@ async def test_it_keeps_the_state_of_services_on_another_transport(url, server, 
         heard.append(news.number)
         return Entry("a", news.number)
 
-    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?schema={schema_of(url)}x"
+    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?prefix={schema_of(url)}x"
     entries = []
     async with App(System("both", [service, reading("reader", Entry, entries)]), carrier, store=url) as app:
         for _ in range(2):
@@ -458,7 +458,7 @@ async def test_what_was_committed_though_the_answer_was_lost_is_not_done_again(u
     service = with_totals(Job, News, done, transaction=kind == "in a transaction")
     schema = schema_of(url)
     async with Proxy(server) as proxy, App(reading("reader", News, heard), url):  # noqa: SIM117 - needs its URL
-        async with App(service, f"{proxy.url}?schema={schema}") as app:
+        async with App(service, f"{proxy.url}?prefix={schema}") as app:
             await asyncio.sleep(0.2)
             if kind == "at once":
                 proxy.word = b"WITH fence"  # the statement is prepared on its first use
@@ -759,7 +759,7 @@ async def test_a_new_number_whose_confirmation_was_lost_is_not_taken_for_the_old
     _, _, Entry = channels()
     seen, schema = set(), schema_of(url)
     async with Proxy(server) as proxy, App(Service("other"), url) as other:  # noqa: SIM117 - needs its URL
-        async with App(shared_log(Entry, seen), f"{proxy.url}?schema={schema}") as app:
+        async with App(shared_log(Entry, seen), f"{proxy.url}?prefix={schema}") as app:
             proxy.word = b"COMMIT"
             await taken_over(app, by=other)
             assert proxy.cuts == 1
@@ -890,5 +890,5 @@ async def effects_on_own_server():
         finally:
             await connection.close()
 
-    yield f"{server}?schema=t{secrets.token_hex(6)}", "effect", read
+    yield f"{server}?prefix=t{secrets.token_hex(6)}", "effect", read
     brokers.stop("postgres@own", wipe=True)
