@@ -20,10 +20,11 @@ import pytest
 
 from tests import brokers
 from tests.brokers import broker_url
-from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
+from trunkline import App, Batch, Context, Queue, Service, Stream, Struct, System, Topic
 from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.testing import soak
+from trunkline.transports.postgres import readers
 from trunkline.transports.postgres.tables import CLAIM
 
 
@@ -697,6 +698,45 @@ async def test_a_process_that_is_taken_over_while_its_inflow_is_full_reads_on(ur
         await until(lambda: not len(inflow))
         go.set()
         await until(lambda: len(seen) == len(made))
+
+
+def in_batches_of_one(Entry, seen, go):
+    service = Service("reader")
+
+    @service.handle(batch=Batch(size=1))
+    async def read(entries: list[Entry]) -> None:
+        await go.wait()
+        seen.update(entry.number for entry in entries)
+
+    return service
+
+
+@pytest.mark.parametrize("service", [shared_log, in_batches_of_one])
+async def test_what_waits_of_a_partition_that_was_given_up_does_not_begin(url, monkeypatch, service):
+    monkeypatch.setattr(readers, "CLOSE_S", 0.2)
+    _, _, Entry = channels()
+    first, second, go, answered = set(), set(), asyncio.Event(), asyncio.Event()
+    (key, *_) = keys_of(3)
+    async with App(service(Entry, first, go), another(url)) as one:
+        await one.publish_all([Entry(key, n) for n in range(10)])
+        (consumer,) = one._consumers
+        await until(lambda: consumer._under_way == 10)
+        load = consumer.parking.load
+
+        async def late():
+            await answered.wait()
+            await load()
+
+        consumer.parking.load = late
+        async with App(shared_log(Entry, second), another(url)) as two:
+            await until(lambda: partitions_of(one, two) == (2, 2))
+            await until(lambda: second >= set(range(1, 10)))
+            go.set()
+            await until(lambda: consumer._under_way == 0)
+            assert first == {0}
+            answered.set()
+            await two.publish_all([Entry(other, 10) for other in keys_of(0, 1)])
+            await until(lambda: 10 in first)
 
 
 async def test_a_process_that_is_a_store_only_gives_back_all_that_a_dead_one_held(url, tmp_path):
