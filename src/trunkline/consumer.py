@@ -1,7 +1,8 @@
 """One subscription at work: receive, lanes, deliver, and what follows a commit.
 
 Invariant: at most `limit` messages are under way; a commit that failed is done again in the order of the
-messages, and nothing later of the subscription is committed before. Never does: decide outcomes (delivery.py).
+messages, and nothing later of the subscription is committed before; nothing begins here of a partition that another
+process may read. Never does: decide outcomes (delivery.py).
 Read next: delivery.py.
 """
 
@@ -88,7 +89,8 @@ class Consumer:
     def start(self, deliverer: Deliverer) -> None:
         """Begin to receive."""
         self.deliverer = deliverer
-        self.lanes = Lanes(deliverer.deliver, self._options.concurrency)
+        deliver = self._deliver_owned if self.subscription.channel.kind == "stream" else deliverer.deliver
+        self.lanes = Lanes(deliver, self._options.concurrency)
         self.lanes.failure = self._failed
         self._spawn(self._receive())
         self._spawn(self.parking.work())
@@ -182,18 +184,33 @@ class Consumer:
 
     def _without_lost(self, batch: list[Delivery]) -> list[Delivery]:
         """Forget what waits here of partitions that another process reads now; return the rest of `batch`."""
-
-        def lost(delivery: Delivery) -> bool:
-            live = delivery.partition >= 0 and delivery.row == LIVE
-            return live and not self._transport.owns(self.subscription, delivery.partition)
-
-        forgotten = self.lanes.forget(lost)
+        forgotten = len(self.lanes.forget(self._is_lost))
         for waiting in (self._gathered, batch):
-            forgotten += [delivery for delivery in waiting if lost(delivery)]
-            waiting[:] = [delivery for delivery in waiting if not lost(delivery)]
-        self._under_way -= len(forgotten)
-        self._give_room()
+            before = len(waiting)
+            waiting[:] = [delivery for delivery in waiting if not self._is_lost(delivery)]
+            forgotten += before - len(waiting)
+        self._forget(forgotten)
         return batch
+
+    def _is_lost(self, delivery: Delivery) -> bool:
+        live = delivery.partition >= 0 and delivery.row == LIVE
+        return live and not self._transport.owns(self.subscription, delivery.partition)
+
+    def _forget(self, count: int) -> None:
+        """Take `count` messages for no longer under way, though nothing became of them: they are another process's."""
+        self._under_way -= count
+        self._give_room()
+
+    def _deliver_owned(self, delivery: Delivery) -> Coroutine[Any, Any, None] | None:
+        """Deliver, unless its partition went away while it waited.
+
+        What waits is forgotten only after the store was asked. Until then whoever reads the partition now may have
+        come to its key, and no parked key holds it back here.
+        """
+        if self._is_lost(delivery):
+            self._forget(1)
+            return None
+        return self.deliverer.deliver(delivery)
 
     async def _without_known(self, batch: list[Delivery], candidates: list[Delivery]) -> list[Delivery]:
         """Acknowledge those of `candidates` that were handled before; return the rest of `batch`."""
@@ -256,6 +273,9 @@ class Consumer:
         """Run a suspect while nothing else of its subscription does, and count it only now: so innocents are not."""
         async with self._alone:
             await self._idle()
+            if self._is_lost(delivery):
+                self._forget(1)
+                return
             (count,) = await self._until_stored(lambda: self._store.begin_attempts([delivery]))
             if count > MAX_CRASHES:
                 reason = f"the process died {count} times while handling it"
@@ -300,9 +320,12 @@ class Consumer:
             taken, self._gathered = self._gathered[: options.size], self._gathered[options.size :]
             if not self._gathered:
                 self._gathering.clear()
-            self._batch_ended.clear()
-            await self.deliverer.deliver_batch(taken)
-            self._batch_ended.set()
+            owned = [delivery for delivery in taken if not self._is_lost(delivery)]
+            self._forget(len(taken) - len(owned))
+            if owned:
+                self._batch_ended.clear()
+                await self.deliverer.deliver_batch(owned)
+                self._batch_ended.set()
             if not (self._gathered or self._redo):
                 self._batches_idle.set()
 

@@ -1,7 +1,8 @@
 """What a broker has brought for one subscription and its consumer has not yet asked for.
 
 Invariant: `receive` gives deliveries in the order they were put, and nothing at once after the assignment changed.
-Bounded: who fills it waits for room. Never does: talk to a broker. Read next: partitions.py.
+Bounded: who fills it waits for room, until messages were taken or forgotten. Never does: talk to a broker.
+Read next: partitions.py.
 """
 
 from __future__ import annotations
@@ -68,12 +69,17 @@ class Inflow:
             buffer.clear()
         else:
             taken = [buffer.popleft() for _ in range(limit)]
-        if self._writers and len(buffer) < self._room:
-            writers, self._writers = self._writers, []
-            for writer in writers:
-                if not writer.done():
-                    writer.set_result(None)
+        if self._writers:
+            self._give_room()
         return taken
+
+    def _give_room(self) -> None:
+        if self._draining or len(self._buffer) >= self._room:
+            return
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            if not writer.done():  # else whoever waited was cancelled
+                writer.set_result(None)
 
     def reassigned(self) -> None:
         """Say that a partition came or went; `owns` must already tell the new state."""
@@ -84,10 +90,15 @@ class Inflow:
         """Drop what was not yet asked for, of one partition or all; return it."""
         dropped = [d for d in self._buffer if partition is None or d.partition == partition]
         self._buffer = deque(d for d in self._buffer if partition is not None and d.partition != partition)
+        # Nobody takes what is gone: whoever waits for room would wait for good.
+        self._give_room()
         return dropped
 
     def drain(self) -> list[Delivery]:
-        """Hand out nothing more; return what was not asked for."""
+        """Hand out nothing more; return what was not asked for.
+
+        Whoever waits for room goes on waiting: there is nothing more to be brought.
+        """
         self._draining = True
         return self.forget()
 

@@ -73,5 +73,4 @@ def on_broker(folder: Path, url: str, store: str | None = None) -> Project:
 def own_url(name: str, word: str, *settings: str) -> str:
     """Return the URL of a broker with names of its own for one test."""
     url = broker_url(name, *settings)
-    option = "schema" if url.startswith("postgresql") else "prefix"
-    return f"{url}{'&' if '?' in url else '?'}timeout_s=15&{option}={word}"
+    return f"{url}{'&' if '?' in url else '?'}timeout_s=15&prefix={word}"

@@ -12,6 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
+from zlib import crc32
 
 import asyncpg
 import psycopg
@@ -19,9 +20,11 @@ import pytest
 
 from tests import brokers
 from tests.brokers import broker_url
-from trunkline import App, Context, Queue, Service, Stream, Struct, System, Topic
+from trunkline import App, Batch, Context, Queue, Service, Stream, Struct, System, Topic
 from trunkline.clock import ManualClock
 from trunkline.errors import ConfigurationError, TransportError
+from trunkline.testing import soak
+from trunkline.transports.postgres import readers
 from trunkline.transports.postgres.tables import CLAIM
 
 
@@ -34,14 +37,14 @@ def server() -> str:
 async def url(server):
     """The server's URL with a schema of the test's own."""
     schema = f"t{secrets.token_hex(6)}"
-    yield f"{server}?schema={schema}"
+    yield f"{server}?prefix={schema}"
     connection = await asyncpg.connect(server)
     await connection.execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE')
     await connection.close()
 
 
 def schema_of(url: str) -> str:
-    return urlsplit(url).query.partition("schema=")[2].partition("&")[0]
+    return urlsplit(url).query.partition("prefix=")[2].partition("&")[0]
 
 
 def another(url: str) -> str:
@@ -100,8 +103,8 @@ async def test_a_stream_with_other_partitions_is_refused(url, server):
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?schema=A-b", "E241"), ("?sslmode=maybe", "E241"),
-        ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
+        ("?prefetch=9", "E240"), ("?pool=0", "E241"), ("?prefix=A-b", "E241"), ("?sslmode=maybe", "E241"),
+        ("?schema=shop", "E240"), ("?timeout_s=0", "E241"), ("?lease_s=soon", "E241"), ("?ca=/nowhere.pem", "E245"),
     ],
 )  # fmt: skip
 async def test_what_a_url_cannot_ask_for_is_refused(server, change, code):
@@ -134,7 +137,7 @@ async def test_a_wrong_password_is_refused_without_telling_it():
     with pytest.raises(ConfigurationError, match="E244") as refused:
         await App(Service("one"), wrong).start()
     assert "hush" not in str(refused.value)
-    async with App(Service("one"), f"{right}?schema=t{secrets.token_hex(6)}"):
+    async with App(Service("one"), f"{right}?prefix=t{secrets.token_hex(6)}"):
         pass
     brokers.stop("postgres:password")
 
@@ -146,7 +149,7 @@ async def test_a_user_who_may_not_create_a_schema_is_told_so(server):
         parts = urlsplit(server)
         url = parts._replace(netloc=f"{name}@{parts.hostname}:{parts.port}").geturl()
         with pytest.raises(ConfigurationError, match="E246"):
-            await App(Service("one"), f"{url}?schema={name}").start()
+            await App(Service("one"), f"{url}?prefix={name}").start()
         admin.execute(f"DROP ROLE {name}")
 
 
@@ -232,7 +235,7 @@ async def test_it_keeps_the_state_of_services_on_another_transport(url, server, 
         heard.append(news.number)
         return Entry("a", news.number)
 
-    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?schema={schema_of(url)}x"
+    carrier = f"sqlite:///{tmp_path}/t.db" if transport == "sqlite" else f"{server}?prefix={schema_of(url)}x"
     entries = []
     async with App(System("both", [service, reading("reader", Entry, entries)]), carrier, store=url) as app:
         for _ in range(2):
@@ -456,7 +459,7 @@ async def test_what_was_committed_though_the_answer_was_lost_is_not_done_again(u
     service = with_totals(Job, News, done, transaction=kind == "in a transaction")
     schema = schema_of(url)
     async with Proxy(server) as proxy, App(reading("reader", News, heard), url):  # noqa: SIM117 - needs its URL
-        async with App(service, f"{proxy.url}?schema={schema}") as app:
+        async with App(service, f"{proxy.url}?prefix={schema}") as app:
             await asyncio.sleep(0.2)
             if kind == "at once":
                 proxy.word = b"WITH fence"  # the statement is prepared on its first use
@@ -659,6 +662,83 @@ async def test_a_process_that_is_taken_over_while_it_gives_partitions_up_reads_o
             await until(lambda: len(seen) == 128)
 
 
+def keys_of(*partitions):
+    """Return keys whose messages are in one of these partitions of four."""
+    return [key for key in (f"key {n}" for n in range(64)) if crc32(key.encode()) % 4 in partitions]
+
+
+async def test_a_process_whose_whole_inflow_moves_away_reads_on(url):
+    _, _, Entry = channels()
+    seen, others, go = set(), set(), asyncio.Event()
+    leaving = keys_of(2, 3)
+    async with App(shared_log(Entry, seen, go), another(url)) as one:
+        await one.publish_all([Entry(leaving[n % len(leaving)], n) for n in range(2500)])
+        inflow = one.transport._readers["reader@pg-log"].inflow
+        await until(lambda: inflow._writers)
+        async with App(shared_log(Entry, others), another(url)) as two:
+            await until(lambda: not len(inflow))
+            go.set()
+            await until(lambda: partitions_of(one, two) == (2, 2))
+            await two.publish_all([Entry(key, 10_000 + n) for n, key in enumerate(keys_of(0, 1))])
+            await until(lambda: len(seen | others) == 2500 + len(keys_of(0, 1)))
+            assert max(seen) >= 10_000
+
+
+@pytest.mark.parametrize("label", ["reader@pg-jobs", "reader@pg-log"])
+async def test_a_process_that_is_taken_over_while_its_inflow_is_full_reads_on(url, label):
+    Job, _, Entry = channels()
+    seen, go = set(), asyncio.Event()
+    made = [Job(n) if label == "reader@pg-jobs" else Entry(f"key {n}", n) for n in range(2500)]
+    service = shared_log(type(made[0]), seen, go)
+    async with App(service, another(url)) as app, App(Service("publisher"), another(url)) as other:
+        await other.publish_all(made)
+        inflow = app.transport._readers[label].inflow
+        await until(lambda: inflow._writers)
+        await taken_over(app, by=other)
+        await until(lambda: not len(inflow))
+        go.set()
+        await until(lambda: len(seen) == len(made))
+
+
+def in_batches_of_one(Entry, seen, go):
+    service = Service("reader")
+
+    @service.handle(batch=Batch(size=1))
+    async def read(entries: list[Entry]) -> None:
+        await go.wait()
+        seen.update(entry.number for entry in entries)
+
+    return service
+
+
+@pytest.mark.parametrize("service", [shared_log, in_batches_of_one])
+async def test_what_waits_of_a_partition_that_was_given_up_does_not_begin(url, monkeypatch, service):
+    monkeypatch.setattr(readers, "CLOSE_S", 0.2)
+    _, _, Entry = channels()
+    first, second, go, answered = set(), set(), asyncio.Event(), asyncio.Event()
+    (key, *_) = keys_of(3)
+    async with App(service(Entry, first, go), another(url)) as one:
+        await one.publish_all([Entry(key, n) for n in range(10)])
+        (consumer,) = one._consumers
+        await until(lambda: consumer._under_way == 10)
+        load = consumer.parking.load
+
+        async def late():
+            await answered.wait()
+            await load()
+
+        consumer.parking.load = late
+        async with App(shared_log(Entry, second), another(url)) as two:
+            await until(lambda: partitions_of(one, two) == (2, 2))
+            await until(lambda: second >= set(range(1, 10)))
+            go.set()
+            await until(lambda: consumer._under_way == 0)
+            assert first == {0}
+            answered.set()
+            await two.publish_all([Entry(other, 10) for other in keys_of(0, 1)])
+            await until(lambda: 10 in first)
+
+
 async def test_a_process_that_is_a_store_only_gives_back_all_that_a_dead_one_held(url, tmp_path):
     Job, _, _ = channels()
     seen, go = [], asyncio.Event()
@@ -719,7 +799,7 @@ async def test_a_new_number_whose_confirmation_was_lost_is_not_taken_for_the_old
     _, _, Entry = channels()
     seen, schema = set(), schema_of(url)
     async with Proxy(server) as proxy, App(Service("other"), url) as other:  # noqa: SIM117 - needs its URL
-        async with App(shared_log(Entry, seen), f"{proxy.url}?schema={schema}") as app:
+        async with App(shared_log(Entry, seen), f"{proxy.url}?prefix={schema}") as app:
             proxy.word = b"COMMIT"
             await taken_over(app, by=other)
             assert proxy.cuts == 1
@@ -801,6 +881,41 @@ async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(
     assert len(confirmed) > 100
 
 
+def soaking(url, folder, said, *arguments):
+    options = soak.parser().parse_args([url, "--store", url, *arguments])
+    return soak.Soak(options, folder, said.append)
+
+
+async def test_a_soak_reads_effects_again_when_the_server_that_keeps_them_is_back(effects_on_own_server, tmp_path):
+    url, _, _ = effects_on_own_server
+    said = []
+    run = soaking(url, tmp_path, said)
+    await asyncio.to_thread(brokers.kill, "postgres@own")
+    reading = asyncio.create_task(run.done())
+    await until(lambda: said or reading.done())
+    assert not reading.done()
+    await asyncio.to_thread(brokers.resume, "postgres@own")
+    assert await reading == []
+    assert len(said) == 1
+    assert said[0].startswith("the effects cannot be read, waiting up to 60 s for their store: E520")
+
+
+@pytest.mark.timeout(120)
+def test_a_soak_whose_server_stays_away_ends_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(soak, "AWAY_S", 1.0)
+    server = broker_url("postgres@own")
+    kill = f"{sys.executable} -m scripts.brokers kill postgres@own"
+    try:
+        arguments = ["--messages", "4000", "--kills", "0", "--pause", "0.01", "--keys", "4", "--folder", str(tmp_path)]
+        assert soak.main([server, "--store", server, "--restart-broker", kill, *arguments]) == 1
+    finally:
+        brokers.stop("postgres@own", wipe=True)
+    said = capsys.readouterr().out
+    assert "waiting up to 1 s for their store" in said
+    assert "FAILED, seed" in said
+    assert "E520" in said.partition("FAILED, seed")[2]
+
+
 @pytest.fixture
 async def effects_on_own_server():
     server = broker_url("postgres@own")
@@ -815,5 +930,5 @@ async def effects_on_own_server():
         finally:
             await connection.close()
 
-    yield f"{server}?schema=t{secrets.token_hex(6)}", "effect", read
+    yield f"{server}?prefix=t{secrets.token_hex(6)}", "effect", read
     brokers.stop("postgres@own", wipe=True)

@@ -12,6 +12,7 @@ import signal
 import sys
 import uuid
 from pathlib import Path
+from zlib import crc32
 
 import msgspec
 import pytest
@@ -487,6 +488,27 @@ async def test_a_planned_move_waits_for_what_is_under_way(url):
 
             await until(moved)
             assert (await second.backlog(subscription)).waiting == 0
+
+
+async def test_a_process_whose_whole_inflow_moves_away_reads_on(url):
+    stream = Stream("s", partitions=2)
+    subscription = Subscription("a", stream)
+    stays, leaves = (next(k for k in map(str, itertools.count()) if crc32(k.encode()) % 2 == n) for n in (0, 1))
+    async with opened(url, subscription) as first:
+        await first.send(staged(stream, *range(3000), key=leaves))
+        inflow = first._readers[subscription.label].inflow
+
+        async def full():
+            return inflow._writers
+
+        async def gone():
+            return not len(inflow)
+
+        await until(full)
+        async with opened(url, subscription):
+            await until(gone)
+            await first.send(staged(stream, 7, key=stays))
+            assert numbers(await receive(first, subscription, 1)) == [7]
 
 
 async def test_only_the_owner_moves_the_cursor(url):

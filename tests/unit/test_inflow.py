@@ -55,11 +55,35 @@ async def test_whoever_fills_it_waits_for_room():
     await waiting
 
 
+async def test_what_is_forgotten_makes_room():
+    inflow = Inflow(SUBSCRIPTION, room=2)
+    inflow.put(deliveries(1, partition=0) + deliveries(1, 2, partition=1))
+    waiting = asyncio.create_task(inflow.room())
+    await asyncio.sleep(0)
+    inflow.forget(0)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    inflow.forget(1)
+    async with asyncio.timeout(1):
+        await waiting
+
+
 async def test_a_partition_that_is_lost_is_forgotten_and_others_stay():
     inflow = Inflow(SUBSCRIPTION)
     inflow.put(deliveries(1, 2, partition=0) + deliveries(1, partition=1))
     assert positions(inflow.forget(0)) == [1, 2]
     assert [(d.partition, d.position) for d in await inflow.receive(10)] == [(1, 1)]
+
+
+async def test_after_drain_nobody_is_asked_for_more():
+    inflow = Inflow(SUBSCRIPTION, room=1)
+    inflow.put(deliveries(1))
+    waiting = asyncio.create_task(inflow.room())
+    await asyncio.sleep(0)
+    inflow.drain()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    waiting.cancel()
 
 
 async def test_after_drain_nothing_is_handed_out():

@@ -77,7 +77,7 @@ async def _is_there(connection: asyncpg.Connection, settings: Settings, part: st
     names = {row[0] for row in tables}
     if not names:
         return False
-    another = f"name another one with ?schema= in the URL of {shown}"
+    another = f"name another one with ?prefix= in the URL of {shown}"
     if "layout" not in names:
         raise ConfigurationError("E205", f"schema {schema!r} of {shown} was made by another program", another)
     try:

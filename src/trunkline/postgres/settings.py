@@ -50,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True):
     """A database and how to use it.
 
     Attributes:
-        schema: in which all tables are.
+        schema: in which all tables are; `prefix` in the URL, as on every broker.
         pool: see POOL. statement_cache: see STATEMENTS. lease_s: see LEASE_S.
         timeout_s: how long a start or a publish waits for the server.
     """
@@ -82,13 +82,12 @@ def read_settings(address: Address) -> Settings:
     Raises: ConfigurationError E206 without a database, E240 or E241 for an option.
     """
     options = Options(address)
-    # The name that every adapter has for it stands for the schema too.
-    schema = options.text("schema", options.text("prefix", "trunkline")) or ""
+    schema = options.text("prefix", "trunkline") or ""
     if not _SCHEMA_NAME.fullmatch(schema):
         raise ConfigurationError(
             "E241",
-            f"schema={schema!r} in the URL of {address.shown}",
-            "lower-case letters, digits, '_', '-' and '.', up to 48",
+            f"prefix={schema!r} in the URL of {address.shown}",
+            "it names the schema: lower-case letters, digits, '_', '-' and '.', up to 48",
         )
     database = address.path.strip("/")
     if not database:

@@ -45,7 +45,10 @@ class EffectTable:
         await tx.execute(self._insert, (producer, key, seq, pid))
 
     async def read(self) -> list[Entry]:
-        """Return all effects as a consumer's journal: each is a delivery that was committed."""
+        """Return all effects as a consumer's journal: each is a delivery that was committed.
+
+        Raises: ConfigurationError or TransportError if the server of the store does not answer as it should.
+        """
         query = f"SELECT producer, key, seq FROM {self.name} ORDER BY n"  # noqa: S608 - our own name
         rows = await (offload(self._read_sqlite, query) if self._sqlite else self._read_postgres(query))
         return [Entry(Kind.EFFECT, producer, key, seq) for producer, key, seq in rows]
@@ -67,11 +70,16 @@ class EffectTable:
         return bool(list(connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (self.name,))))
 
     async def _read_postgres(self, query: str) -> list[tuple[Any, ...]]:
-        import asyncpg
+        from trunkline.postgres.settings import DRIVER_ERRORS, connect, read_settings, translate
 
-        connection = await asyncpg.connect(self.store.partition("?")[0])
+        settings = read_settings(self._address)
+        connection = await connect(settings, f"effects {self.name}")
         try:
             found = await connection.fetchval("SELECT to_regclass($1)", self.name)
-            return [tuple(row) for row in await connection.fetch(query)] if found else []
-        finally:
+            rows = [tuple(row) for row in await connection.fetch(query)] if found else []
             await connection.close()
+        except DRIVER_ERRORS as error:
+            raise translate(error, settings) from error
+        finally:
+            connection.terminate()  # nothing to do if it is closed
+        return rows

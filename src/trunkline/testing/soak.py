@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trunkline.clock import Draws, system_clock
-from trunkline.errors import TrunklineError
+from trunkline.errors import TransportError, TrunklineError
 from trunkline.testing.effects import EffectTable
 from trunkline.testing.ledger import Entry, Kind, Verdict, check, read_journal
 from trunkline.testing.lines import Spec
@@ -30,6 +30,8 @@ from trunkline.testing.worker import Look, Plan, read_looks
 
 STALL_S = 60.0
 """A drain has failed when nothing is handled for so long."""
+AWAY_S = 60.0
+"""How long the effects may be out of reach: the server that keeps them may be down for a while."""
 TELL_S = 2.0
 MIB = 1024 * 1024
 IN_FLIGHT = 64
@@ -164,7 +166,7 @@ class Soak:
     async def run(self) -> Report:
         """Run it all.
 
-        Raises: ProcessError if a process ends by itself, or nothing is handled for too long.
+        Raises: ProcessError if a process ends by itself; TransportError if the effects cannot be read for too long.
         """
         began = system_clock.monotonic()
         try:
@@ -172,9 +174,12 @@ class Soak:
                 self.start(name)
             for process in self.running.values():
                 await process.line("ready")
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.trouble())
-                group.create_task(self.published())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.trouble())
+                    group.create_task(self.published())
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None  # the first ended the other
             await self.published()  # one that was killed at last goes on first
             for name in self.names("publish"):
                 await self.running[name].stop()
@@ -209,11 +214,9 @@ class Soak:
     async def kill(self) -> None:
         """Kill one process at once and start it again; sometimes while it still starts."""
         name = self.draws.choice(list(self.plans))
-        process = self.running[name]
-        if not process.alive():
-            raise ProcessError(f"{name} ended by itself:\n{process.tail()}")
+        self.check_alive([name])
         self.killed = name
-        await process.kill()
+        await self.running[name].kill()
         self.kills[name] += 1
         self.start(name)
         self.killed = ""
@@ -233,23 +236,45 @@ class Soak:
         return [entry for path in paths if path.exists() for entry in read_journal(path, growing=growing)]
 
     async def done(self) -> list[Entry]:
-        """Return the effects so far."""
-        if self.effects is not None:
-            return await self.effects.read()
-        return [entry for entry in self.journals("consume") if entry.kind is Kind.EFFECT]
+        """Return the effects so far, as soon as they can be read.
+
+        Raises: TransportError if they cannot for AWAY_S.
+        """
+        if self.effects is None:
+            return [entry for entry in self.journals("consume") if entry.kind is Kind.EFFECT]
+        end = system_clock.monotonic() + AWAY_S
+        told = False
+        while True:
+            try:
+                return await self.effects.read()
+            except TransportError as error:
+                if not error.retryable or system_clock.monotonic() > end:
+                    raise
+                if not told:
+                    self.say(f"the effects cannot be read, waiting up to {AWAY_S:g} s for their store: {error}")
+                    told = True
+            await system_clock.sleep(0.2)
 
     async def published(self) -> None:
         """Wait until every publisher has published all."""
         told = 0.0
         while not all(self.running[name].said("done") for name in self.names("publish")):
-            for name, process in self.running.items():
-                if not process.alive() and name != self.killed:
-                    raise ProcessError(f"{name} ended by itself:\n{process.tail()}")
+            self.check_alive([*self.plans])
             now = system_clock.monotonic()
             if now - told > TELL_S:
                 told = now
                 self.tell("publishing", await self.done())
             await system_clock.sleep(0.1)
+
+    def check_alive(self, names: Sequence[str]) -> None:
+        """See that nobody ended who was not killed.
+
+        Raises: ProcessError with what it logged.
+        """
+        for name in names:
+            process = self.running[name]
+            if not process.alive() and name != self.killed:
+                raise ProcessError(f"{name} ended by itself:\n{process.tail()}")
 
     def tell(self, what: str, effects: Sequence[Entry]) -> None:
         """Print a line of progress."""
@@ -266,7 +291,8 @@ class Soak:
     async def drained(self) -> None:
         """Wait until everything confirmed has had its effect.
 
-        Raises: ProcessError when nothing is handled for STALL_S.
+        When nothing is handled for STALL_S, what is missing is left to the ledger.
+        Raises: ProcessError if a consumer ends by itself.
         """
         confirmed = {
             entry[1:] for entry in map(msgspec.structs.astuple, self.journals("publish")) if entry[0] == Kind.OK
@@ -277,6 +303,7 @@ class Soak:
             missing = confirmed - {(entry.producer, entry.key, entry.seq) for entry in effects}
             if not missing:
                 return
+            self.check_alive(self.names("consume"))
             now = system_clock.monotonic()
             if len(effects) > most:
                 most, risen = len(effects), now

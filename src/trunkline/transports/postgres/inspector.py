@@ -99,7 +99,7 @@ class PostgresInspector:
         except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError) as error:
             raise ConfigurationError(
                 "E232", f"schema {self._settings.schema!r} of {self._settings.shown} holds nothing of Trunkline",
-                "start a service on it first, or name the right one: ?schema=",
+                "start a service on it first, or name the right one: ?prefix=",
             ) from error  # fmt: skip
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             raise translate(error, self._settings) from error
@@ -267,5 +267,5 @@ def _differences(there: Mapping[str, tuple[str, int]], channels: Sequence[Channe
         yield Finding(
             f"{channel.kind} {channel.name}", "declared as", f"{kind}, {partitions} partitions", "broken",
             f"the system declares it as {channel.kind}{asked} and does not start (E207)",
-            "declare it as it exists, or use another name or ?schema=", channel=channel.name,
+            "declare it as it exists, or use another name or ?prefix=", channel=channel.name,
         )  # fmt: skip
