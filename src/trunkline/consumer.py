@@ -89,7 +89,8 @@ class Consumer:
     def start(self, deliverer: Deliverer) -> None:
         """Begin to receive."""
         self.deliverer = deliverer
-        deliver = self._deliver_owned if self.subscription.channel.kind == "stream" else deliverer.deliver
+        moves = self.subscription.channel.kind == "stream" and self._transport.capabilities.processes
+        deliver = self._deliver_owned if moves else deliverer.deliver
         self.lanes = Lanes(deliver, self._options.concurrency)
         self.lanes.failure = self._failed
         self._spawn(self._receive())
@@ -207,7 +208,8 @@ class Consumer:
         What waits is forgotten only after the store was asked. Until then whoever reads the partition now may have
         come to its key, and no parked key holds it back here.
         """
-        if self._is_lost(delivery):
+        moved = self._transport.assignment(self.subscription) != self._assignment
+        if moved and self._is_lost(delivery):
             self._forget(1)
             return None
         return self.deliverer.deliver(delivery)
