@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -485,7 +486,21 @@ async def forgotten(front, *clients):
     assert front.answered
 
 
-async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog):
+async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog, monkeypatch):
+    ended = threading.Event()
+
+    class NeverClosed(reading.Consumer):
+        """As one that waits for a coordinator; it is told of partitions that are not its own any more."""
+
+        def close(self):
+            reader_of = transport._readers[reader.label]
+            if reader_of._made is not self:
+                reader_of._revoked(self, reader_of._assignment())
+                reader_of._lost(self, reader_of._assignment())
+                ended.wait(60)
+            super().close()
+
+    monkeypatch.setattr(reading, "Consumer", NeverClosed)
     events = Stream("events", partitions=4)
     reader = Subscription("a", events)
     async with before_the_broker(url) as (front, through), started(through, reader) as transport:
@@ -504,6 +519,7 @@ async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog)
                 await transport.settle(batch)
                 found |= set(numbers(batch))
         assert found == set(range(16))
+        ended.set()
 
 
 async def test_a_producer_that_knows_no_broker_any_more_is_made_anew(url, caplog, monkeypatch):

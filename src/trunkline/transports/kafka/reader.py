@@ -182,13 +182,23 @@ class Reader:
     def _join_anew(self) -> None:
         """Read on with a new consumer: this one asks nobody any more; see stranded.py."""
         log.warning("%s: the client has lost every broker of %s, it is made anew", self.group, self._settings.shown)
+        stranded = self._consumer
         if self._places:
-            self._lost(self._consumer, self._assignment())
+            self._lost(stranded, self._assignment())
         self._unopened.clear()
-        # It waits for nobody: there is no coordinator to leave, and nothing of a partition is left to commit.
-        self._consumer.close()
         self._make()
         self._join()
+        self._loop.call_soon_threadsafe(self._leave_behind, stranded)
+
+    def _leave_behind(self, stranded: Consumer) -> None:
+        """Close a consumer in a thread of its own: without a coordinator that can take for ever; on the loop."""
+        thread = WorkerThread(f"trunkline-kafka-{self.subscription.label}-left")
+
+        def closed(error: BaseException | None) -> None:
+            log.log(logging.DEBUG if error is None else logging.WARNING, "%s: old client closed: %s", self.group, error)
+            thread.stop()
+
+        thread.submit(stranded.close, closed)
 
     def _read(self, most: int) -> None:
         """Hand over what the client has; wait for one record while it has none."""
@@ -315,7 +325,7 @@ class Reader:
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Begin where the group has committed; after an unclean end the next records are suspects."""
-        if not partitions:
+        if not partitions or consumer is not self._made:
             return
         try:
             known = consumer.committed(partitions, timeout=CALL_S)
@@ -343,10 +353,10 @@ class Reader:
         numbers, self._unopened = self._unopened, []
         self._commit_now({n: self._places[n].committed for n in numbers if n in self._places}, OPEN)
 
-    def _revoked(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Give partitions up: wait until nothing of them is under way, commit."""
         numbers = [place.partition for place in partitions if place.partition in self._places]
-        if not numbers or self._stopping:
+        if not numbers or self._stopping or consumer is not self._made:
             return
         done = Event()
         lows: dict[str, dict[int, int]] = {}
@@ -357,8 +367,10 @@ class Reader:
         for how, offsets in lows.items():
             self._commit_now(offsets, how)
 
-    def _lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Forget partitions that another process reads already."""
+        if consumer is not self._made:
+            return
         numbers = [place.partition for place in partitions if self._places.pop(place.partition, None) is not None]
         log.warning("%s lost partitions %s: another process may read them now", self.group, numbers)
         self._loop.call_soon_threadsafe(self._drop, numbers)
