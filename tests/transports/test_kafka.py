@@ -486,40 +486,56 @@ async def forgotten(front, *clients):
     assert front.answered
 
 
-async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog, monkeypatch):
-    ended = threading.Event()
+@pytest.fixture
+def never_closed(monkeypatch):
+    """Consumers whose close waits until the test is over, as for a coordinator that is gone."""
+    over = threading.Event()
 
     class NeverClosed(reading.Consumer):
-        """As one that waits for a coordinator; it is told of partitions that are not its own any more."""
-
         def close(self):
-            reader_of = transport._readers[reader.label]
-            if reader_of._made is not self:
-                reader_of._revoked(self, reader_of._assignment())
-                reader_of._lost(self, reader_of._assignment())
-                ended.wait(60)
+            over.wait()
             super().close()
 
     monkeypatch.setattr(reading, "Consumer", NeverClosed)
+    yield over
+    over.set()
+
+
+async def test_a_reader_that_was_told_there_are_no_brokers_reads_on(url, caplog, never_closed):
     events = Stream("events", partitions=4)
     reader = Subscription("a", events)
     async with before_the_broker(url) as (front, through), started(through, reader) as transport:
         await transport.send([staged(events, number, str(number)) for number in range(8)])
         taken = await take(transport, reader, 8, settle=False)
-        first = transport._readers[reader.label]._consumer
-        await forgotten(front, lambda: transport._readers[reader.label]._consumer is not first)
+        reads = transport._readers[reader.label]
+        first = reads._consumer
+        await forgotten(front, lambda: reads._consumer is not first)
         assert "has lost every broker" in caplog.text
         async with started(url, channels=[events]) as other:
             await other.send([staged(events, number, str(number)) for number in range(8, 16)])
         await transport.settle(taken)  # they were another's to settle meanwhile: they come again
         found = set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(45):
             while len(found) < 16:
                 batch = await transport.receive(reader, 100)
                 await transport.settle(batch)
                 found |= set(numbers(batch))
         assert found == set(range(16))
-        ended.set()
+        never_closed.set()
+
+
+async def test_a_client_that_was_left_behind_takes_no_partition_away(url):
+    events = Stream("events", partitions=4)
+    reader = Subscription("a", events)
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, 1, "k")])
+        await take(transport, reader, 1)
+        reads = transport._readers[reader.label]
+        left = reading.Consumer({"group.id": "left", "bootstrap.servers": "127.0.0.1:9"})
+        for told in (reads._revoked, reads._lost):
+            await asyncio.to_thread(told, left, reads._assignment())
+            assert len(reads._places) == 4
+        left.close()
 
 
 async def test_a_producer_that_knows_no_broker_any_more_is_made_anew(url, caplog, monkeypatch):
