@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import os
 import secrets
 import signal
 import subprocess
@@ -26,6 +27,9 @@ from trunkline.errors import ConfigurationError, TransportError
 from trunkline.testing import soak
 from trunkline.transports.postgres import readers
 from trunkline.transports.postgres.tables import CLAIM
+
+OWN = f"postgres@own-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+"""A server for the tests of this worker that stop it."""
 
 
 @pytest.fixture
@@ -863,10 +867,10 @@ async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(
         for act in ("kill", "restart", "kill"):
             await asyncio.sleep(1)
             if act == "kill":
-                await asyncio.to_thread(brokers.kill, "postgres@own")
-                await asyncio.to_thread(brokers.resume, "postgres@own")
+                await asyncio.to_thread(brokers.kill, OWN)
+                await asyncio.to_thread(brokers.resume, OWN)
             else:
-                await asyncio.to_thread(brokers.restart, "postgres@own")
+                await asyncio.to_thread(brokers.restart, OWN)
             before = len(confirmed)
             await until(lambda b=before: len(confirmed) > b + 20, 30)
         going = False
@@ -890,11 +894,11 @@ async def test_a_soak_reads_effects_again_when_the_server_that_keeps_them_is_bac
     url, _, _ = effects_on_own_server
     said = []
     run = soaking(url, tmp_path, said)
-    await asyncio.to_thread(brokers.kill, "postgres@own")
+    await asyncio.to_thread(brokers.kill, OWN)
     reading = asyncio.create_task(run.done())
     await until(lambda: said or reading.done())
     assert not reading.done()
-    await asyncio.to_thread(brokers.resume, "postgres@own")
+    await asyncio.to_thread(brokers.resume, OWN)
     assert await reading == []
     assert len(said) == 1
     assert said[0].startswith("the effects cannot be read, waiting up to 60 s for their store: E520")
@@ -903,13 +907,13 @@ async def test_a_soak_reads_effects_again_when_the_server_that_keeps_them_is_bac
 @pytest.mark.timeout(120)
 def test_a_soak_whose_server_stays_away_ends_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(soak, "AWAY_S", 1.0)
-    server = broker_url("postgres@own")
-    kill = f"{sys.executable} -m scripts.brokers kill postgres@own"
+    server = broker_url(OWN)
+    kill = f"{sys.executable} -m scripts.brokers kill {OWN}"
     try:
         arguments = ["--messages", "4000", "--kills", "0", "--pause", "0.01", "--keys", "4", "--folder", str(tmp_path)]
         assert soak.main([server, "--store", server, "--restart-broker", kill, *arguments]) == 1
     finally:
-        brokers.stop("postgres@own", wipe=True)
+        brokers.stop(OWN, wipe=True)
     said = capsys.readouterr().out
     assert "waiting up to 1 s for their store" in said
     assert "FAILED, seed" in said
@@ -918,7 +922,7 @@ def test_a_soak_whose_server_stays_away_ends_and_says_so(tmp_path, capsys, monke
 
 @pytest.fixture
 async def effects_on_own_server():
-    server = broker_url("postgres@own")
+    server = broker_url(OWN)
     connection = await asyncpg.connect(server)
     await connection.execute("DROP TABLE IF EXISTS effect; CREATE TABLE effect (kind text, number int)")
     await connection.close()
@@ -931,4 +935,4 @@ async def effects_on_own_server():
             await connection.close()
 
     yield f"{server}?prefix=t{secrets.token_hex(6)}", "effect", read
-    brokers.stop("postgres@own", wipe=True)
+    brokers.stop(OWN, wipe=True)
