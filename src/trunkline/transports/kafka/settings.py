@@ -65,6 +65,11 @@ _PASSING = {
 }  # fmt: skip
 
 
+def _told(error_cb: Callable[[KafkaError], None], stats_cb: Callable[[str], None]) -> dict[str, Any]:
+    """Return whom a client tells of itself."""
+    return {"error_cb": error_cb, "stats_cb": stats_cb, "statistics.interval.ms": int(STATISTICS_S * 1000)}
+
+
 class Settings(msgspec.Struct, frozen=True):
     """A URL, read.
 
@@ -97,9 +102,7 @@ class Settings(msgspec.Struct, frozen=True):
     def producer(self, error_cb: Callable[[KafkaError], None], stats_cb: Callable[[str], None]) -> dict[str, Any]:
         """Return how a producer is configured."""
         return self.client | {
-            "error_cb": error_cb,
-            "stats_cb": stats_cb,
-            "statistics.interval.ms": int(STATISTICS_S * 1000),
+            **_told(error_cb, stats_cb),
             "acks": "all",
             "enable.idempotence": True,
             "linger.ms": LINGER_MS,
@@ -113,9 +116,7 @@ class Settings(msgspec.Struct, frozen=True):
     ) -> dict[str, Any]:
         """Return how the consumer of one subscription is configured."""
         return self.client | {
-            "error_cb": error_cb,
-            "stats_cb": stats_cb,
-            "statistics.interval.ms": int(STATISTICS_S * 1000),
+            **_told(error_cb, stats_cb),
             "group.id": group,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
