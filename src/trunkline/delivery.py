@@ -1,7 +1,8 @@
 """The story of one delivery, from receipt to settlement.
 
-Invariant: every delivery is settled exactly once, in `settle`, or handed to the store as it is where nothing has to be done
-(`deliver`); its inbox row, the handler's writes and its messages are one commit. Never does: network sends (outbox.py, transports/) or SQL (stores/).
+Invariant: every delivery is settled exactly once, in `settle`, or handed to the store as it is where nothing has to
+be done (`deliver`); its inbox row, the handler's writes and its messages are one commit. Never does: network sends
+(outbox.py, transports/) or SQL (stores/).
 Read next: lanes.py, parking.py.
 """
 
