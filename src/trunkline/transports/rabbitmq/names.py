@@ -15,6 +15,7 @@ from pamqp import commands
 
 from trunkline.channel import Channel as Declared
 from trunkline.channel import Queue, Stream, Topic
+from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.transport import Subscription
 from trunkline.transports.rabbitmq.client import (
@@ -36,6 +37,8 @@ _ARGUMENT = re.compile(r"inequivalent arg '([^']+)'")
 _LONGEST = 255
 _SEGMENT_BYTES = 50_000_000
 """Retention removes whole segments; RabbitMQ's own are ten times as large."""
+_NAMES_S = 1.5
+"""How long a broker before 4.0 is given to write down names by itself: it does each half second, if it has rest."""
 _SCRATCH_MS = 60_000
 """After so long the broker removes a scratch queue whose process died before it could."""
 _DOWN = "down or inaccessible"
@@ -83,21 +86,26 @@ class Declarer:
         # RabbitMQ 4 deletes from a quorum queue what was delivered 20 times; older ones take -1 for another limit.
         self._unlimited = {"x-delivery-limit": -1} if connection.version >= (4, 0) else {}
         self._young = False
+        self._new_stream = False
 
-    async def save(self, end: str) -> None:
-        """Have the broker write down which quorum queues it has, if some were declared here that may be new.
+    async def save(self, clock: Clock) -> None:
+        """See that the broker has written down which queues it has, if some were declared here that may be new.
 
-        Before 4.0 it keeps their names in memory for up to a second (Ra, `names.dets`). A broker that is killed within
-        that time forgets what such a queue holds, and the queue never gets a leader again. To look for a name that it
-        does not know, as to declare a queue, makes it write what it has kept.
-
-        Args:
-            end: makes the name of that queue unique.
+        Before 4.0 it keeps names in memory for up to a second (Ra, `names.dets`). A broker that is killed within that
+        time forgets what such a queue holds, and the queue never gets a leader again. To look for a name that it does
+        not know, as to declare a quorum queue, makes it write what it has kept. Of Streams it keeps one name, that of
+        what coordinates them all, which begins with the first of them: nothing that can be asked for makes it write
+        that one, so it is given the time.
         """
-        if not self._young or self._connection.version >= (4, 0):
+        if self._connection.version >= (4, 0):
+            return
+        if self._new_stream:
+            self._new_stream = False
+            await clock.sleep(_NAMES_S)
+        if not self._young:
             return
         self._young = False
-        queue = self._names.scratch(end)
+        queue = self._names.scratch(clock.new_id())
         arguments = {**self.quorum(), "x-expires": _SCRATCH_MS}
         try:
             channel = await self._open()
@@ -165,10 +173,11 @@ class Declarer:
         """Declare the partitions, the first one last: where it is, all are."""
         last = self._names.partition(channel.name, channel.partitions - 1)
         first = self._names.partition(channel.name, 0)
-        if (await self.exists(first) and not await self.exists(last)) or await self.exists(
-            self._names.partition(channel.name, channel.partitions)
-        ):
+        known = await self.exists(first)
+        beyond = self._names.partition(channel.name, channel.partitions)
+        if (known and not await self.exists(last)) or await self.exists(beyond):
             raise await self._other_partitions(channel)
+        self._new_stream = self._new_stream or not known
         arguments: dict[str, Any] = {"x-queue-type": "stream"}
         if channel.retention_s is not None:
             arguments["x-max-age"] = f"{max(1, round(channel.retention_s))}s"

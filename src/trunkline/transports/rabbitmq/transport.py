@@ -156,7 +156,7 @@ class RabbitmqTransport:
             for channel in self._declaring.channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
-            await declarer.save(self._clock.new_id())
+            await declarer.save(self._clock)
             await declarer.close()
             # Only now: what waits to be sent would find no queue where the broker has none yet, or none any more.
             await self._publisher.attach(await sending.channel())
@@ -351,7 +351,7 @@ class RabbitmqTransport:
                 await self._declare(declarer, channel)
             except AmqpError as error:
                 raise explained(error, channel.name) from error
-        await declarer.save(self._clock.new_id())
+        await declarer.save(self._clock)
         await declarer.close()
 
     # --- receiving ---
