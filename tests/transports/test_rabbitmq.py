@@ -19,6 +19,7 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError, UnroutableError
 from trunkline.handler import make_message
 from trunkline.message import Message
+from trunkline.testing.proxy import Proxy
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
 from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Connection, connect
 from trunkline.transports.rabbitmq.names import Declarer, Names
@@ -403,6 +404,18 @@ async def test_a_connection_that_breaks_while_it_is_made_is_made_again(url, monk
         async with asyncio.timeout(5):
             await transport.send([staged(queue)])
     assert cut
+
+
+async def test_no_connection_stays_open_when_the_farewell_is_interrupted(url):
+    (host, port), *_ = parse_address(url).hosts
+    async with Proxy(host, port) as proxy, opened(proxy.url(url), channels=[Queue("orders")]) as transport:
+        both = transport._sending, transport._receiving
+        proxy.swallow()
+        parting = asyncio.create_task(transport._disconnect())
+        await until(lambda: both[0].error)
+        parting.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(connection._ended for connection in both))
 
 
 async def test_what_waits_for_a_connection_is_sent_when_its_queue_is_there_again(url, server, prefix):
@@ -828,7 +841,7 @@ async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, cap
         await channel.call(request, commands.Queue.DeclareOk)
         await asyncio.to_thread(brokers.kill, FAULTY)
     await asyncio.to_thread(brokers.resume, FAULTY)
-    transport = load(f"{server}?prefix={prefix}&timeout_s=8")
+    transport = load(f"{server}?prefix={prefix}&timeout_s=16")
     said = f"queue {queue!r} does not answer"
     async with raw(server) as connection:
         channel = await connection.channel()

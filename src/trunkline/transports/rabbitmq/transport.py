@@ -293,8 +293,13 @@ class RabbitmqTransport:
             connection.drop(error)
 
     async def _disconnect(self) -> None:
-        for connection in self._detach():
-            await connection.close()
+        found = self._detach()
+        try:
+            for connection in found:
+                await connection.close()
+        finally:
+            for connection in found:  # also where the time of a start is over in the middle of this
+                connection.drop(AmqpError(0, "the connection is closed"))
 
     def _detach(self) -> list[Connection]:
         """Forget the connections, and what they brought; return them."""
