@@ -8,84 +8,60 @@ import asyncio
 import contextlib
 import struct
 
+from trunkline.testing.proxy import Connection, Proxy
+
 HOST = b"127.0.0.1"
 METADATA, FIND_COORDINATOR = 3, 10
 
 
-class Front:
+class FrontConnection(Connection):
+    """Carries whole frames, for it changes some of them."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._asked = {}
+
+    async def pump(self, source, target):
+        change = self._response if target is self.to_client else self._request
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (size,) = struct.unpack(">i", await source.readexactly(4))
+                frame = change(await source.readexactly(size))
+                target.write(struct.pack(">i", len(frame)) + frame)
+                await target.drain()
+
+    def _request(self, frame):
+        api, _version, number = struct.unpack_from(">hhi", frame)
+        self._asked[number] = api
+        return frame
+
+    def _response(self, frame):
+        front = self.proxy
+        api = self._asked.pop(*struct.unpack_from(">i", frame))
+        if api in (METADATA, FIND_COORDINATOR):
+            frame = frame.replace(HOST + struct.pack(">i", front.node_port), HOST + struct.pack(">i", front.port))
+        if api == METADATA and front.empties:
+            front.answered += 1
+            asyncio.get_running_loop().call_soon(front.reset)  # after this answer was written
+            return _without_brokers(frame)
+        return frame
+
+
+class Front(Proxy):
     """Stands before the node at `port`.
 
     Attributes:
         empties: every answer to a Metadata request names no broker, and ends all connections.
         answered: how many such answers there were.
-        port: where it listens, from `start` on.
     """
 
+    connection = FrontConnection
+
     def __init__(self, port):
+        super().__init__(HOST.decode(), port)
+        self.node_port = port
         self.empties = False
         self.answered = 0
-        self.port = 0
-        self._node_port = port
-        self._writers = set()
-
-    async def __aenter__(self):
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_exception):
-        await self.stop()
-
-    async def start(self):
-        """Listen, after a stop where it did before."""
-        self._server = await asyncio.start_server(self._accept, HOST.decode(), self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def stop(self):
-        """End every connection and take no new ones."""
-        self._server.close()
-        self.hang_up()
-        await self._server.wait_closed()
-
-    def hang_up(self):
-        """End every connection."""
-        for writer in list(self._writers):
-            writer.close()
-
-    async def _accept(self, client_reader, client):
-        node_reader, node = await asyncio.open_connection(HOST.decode(), self._node_port)
-        asked = {}
-        both = {client, node}
-        self._writers |= both
-        await asyncio.gather(
-            self._carry(client_reader, node, both, lambda frame: self._request(frame, asked)),
-            self._carry(node_reader, client, both, lambda frame: self._response(frame, asked)),
-        )
-        self._writers -= both
-
-    async def _carry(self, reader, writer, both, change):
-        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            while True:
-                (size,) = struct.unpack(">i", await reader.readexactly(4))
-                frame = change(await reader.readexactly(size))
-                writer.write(struct.pack(">i", len(frame)) + frame)
-                await writer.drain()
-        for one in both:
-            one.close()
-
-    def _request(self, frame, asked):
-        api, _version, number = struct.unpack_from(">hhi", frame)
-        asked[number] = api
-        return frame
-
-    def _response(self, frame, asked):
-        api = asked.pop(*struct.unpack_from(">i", frame))
-        if api in (METADATA, FIND_COORDINATOR):
-            frame = frame.replace(HOST + struct.pack(">i", self._node_port), HOST + struct.pack(">i", self.port))
-        if api == METADATA and self.empties:
-            self.answered += 1
-            asyncio.get_running_loop().call_soon(self.hang_up)  # after this answer was written
-            return _without_brokers(frame)
-        return frame
 
 
 def _without_brokers(frame):

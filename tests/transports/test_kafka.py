@@ -481,7 +481,7 @@ async def before_the_broker(url):
 async def forgotten(front, *clients):
     """Have every one of the clients told that there are no brokers, until none of them knows one."""
     front.empties = True
-    front.hang_up()
+    front.reset()
 
     async def all_know_none():
         return all(one() for one in clients)

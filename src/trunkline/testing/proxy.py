@@ -47,6 +47,7 @@ class Proxy:
     """Stands before `host:port`.
 
     Attributes:
+        connection: class of what carries one connection; a subclass of `Connection` may change what passes.
         toxics: for all connections.
         port: where it listens, from `start` on.
         connections: how many there were.
@@ -56,6 +57,8 @@ class Proxy:
     >>> Proxy("127.0.0.1", 5672).toxics.latency_s
     0.0
     """
+
+    connection: type[Connection]
 
     def __init__(self, host: str, port: int, *, seed: int = 7, clock: Clock = system_clock) -> None:
         self.toxics = Toxics()
@@ -68,7 +71,7 @@ class Proxy:
         self._clock = clock
         self._draws = Draws(seed)
         self._server: asyncio.Server | None = None
-        self._open: set[_Connection] = set()
+        self._open: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> int:
@@ -124,7 +127,7 @@ class Proxy:
         assert task is not None  # noqa: S101 - the server runs this in a task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        connection = _Connection(self, reader, writer, self._draws)
+        connection = self.connection(self, reader, writer, self._draws)
         self._open.add(connection)
         self.connections += 1
         try:
@@ -149,26 +152,33 @@ class Proxy:
             await self._clock.sleep(wait_s)
 
 
-class _Connection:
-    """One client's connection and the one to the broker that belongs to it."""
+class Connection:
+    """One client's connection and the one to the broker that belongs to it.
+
+    Attributes:
+        proxy: whose it is.
+        to_client: where what the broker says goes.
+    """
 
     def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draws: Draws) -> None:
         self.swallowed = False
-        self._proxy = proxy
+        self.proxy = proxy
+        self.to_client = writer
         self._reader = reader
         self._writers = [writer]
         limits = proxy.toxics.cut_after
         self._left = None if limits is None else draws.randint(*limits)
 
     async def run(self, host: str, port: int) -> None:
+        """Carry both directions until one of them ends."""
         try:
             reader, writer = await asyncio.open_connection(host, port)
         except OSError:
             self.reset()  # nobody listens behind the proxy: the client sees a connection that ends at once
             return
         self._writers.append(writer)
-        up = asyncio.create_task(self._pump(self._reader, writer))
-        down = asyncio.create_task(self._pump(reader, self._writers[0]))
+        up = asyncio.create_task(self.pump(self._reader, writer))
+        down = asyncio.create_task(self.pump(reader, self.to_client))
         try:
             await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -177,8 +187,9 @@ class _Connection:
             await asyncio.gather(up, down, return_exceptions=True)
             await self._close()
 
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        proxy = self._proxy
+    async def pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        """Carry one direction until `source` ends."""
+        proxy = self.proxy
         with contextlib.suppress(ConnectionError):
             while piece := await source.read(proxy.toxics.slice_bytes or CHUNK_BYTES):
                 await proxy._pause(len(piece))  # noqa: SLF001 - one module
@@ -210,3 +221,6 @@ class _Connection:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+
+Proxy.connection = Connection
