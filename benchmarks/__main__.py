@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import brokers, embedded, plot, report
+from benchmarks import brokers, curves, embedded, plot, report, scaling
 from benchmarks.cases import Case
 from benchmarks.machine import machine_facts, versions
 from benchmarks.runner import WORK, Runner
 
-SUITES = {"brokers": brokers, "embedded": embedded}
+SUITES = {"brokers": brokers, "embedded": embedded, "scaling": scaling}
+PICTURES = {"brokers": plot.svg, "embedded": plot.svg, "scaling": curves.svg}
 console = Console()
 
 
@@ -80,7 +81,7 @@ def _measure(suite: str, cases: list[Case], options: argparse.Namespace) -> list
 
 
 def _document(suite: str) -> None:
-    report.plot_path(suite).write_text(plot.svg(report.load(suite)))
+    report.plot_path(suite).write_text(PICTURES[suite](report.load(suite)))
     report.PAGE.write_text(report.with_block(report.PAGE.read_text(), suite))
     report.README.write_text(report.readme_with_speed(report.README.read_text()))
     console.print(f"renewed {report.PAGE.relative_to(report.ROOT)} and {report.plot_path(suite).name}")

@@ -19,9 +19,8 @@ def _consume(  # noqa: PLR0913 - one line per broker below
 ) -> Case:  # fmt: skip
     """Return the case of a broker that hands over a backlog."""
     name = f"{broker}, consumed"
-    stateless = "none:" if module != "postgres_queue" else "own"
     contestants = [
-        Contestant("Trunkline", "trunkline_on_brokers:consume", options={"kind": kind, "store": stateless}),
+        Contestant("Trunkline", "trunkline_on_brokers:consume", options={"kind": kind, "store": "none:"}),
         Contestant(
             "Trunkline, inbox in SQLite", "trunkline_on_brokers:consume", options={"kind": kind, "store": "sqlite"}
         ),
@@ -42,6 +41,10 @@ def _consume(  # noqa: PLR0913 - one line per broker below
     ]
     if per_s is not None:
         rows.append(Row(name, "per_s", "/s", "Trunkline", goal=Goal(per_s)))
+    if module == "postgres_queue":
+        own = "Trunkline, inbox in PostgreSQL"
+        contestants.append(Contestant(own, "trunkline_on_brokers:consume", options={"kind": kind, "store": "own"}))
+        rows.append(Row(f"{name}, inbox in PostgreSQL", "per_s", "/s", own, raw))
     if faststream is not None:
         contestants.append(Contestant(FASTSTREAM, f"{module}:faststream_consume", share=share, peer=True))
         rows.append(Row(name, "per_s", "/s", "Trunkline", FASTSTREAM, Goal(faststream, of="ratio")))

@@ -114,7 +114,10 @@ PEERS = (
     Contestant("persist-queue", "peers:persist_queue", share=0.1, peer=True),
     Contestant("litequeue", "peers:litequeue", share=0.1, peer=True),
     Contestant("huey", "peers:huey", share=0.1, peer=True),
-    Contestant("PostgreSQL", "postgres:end_to_end", share=0.4, peer=True, needs=("postgres",)),
+    Contestant("PostgreSQL", "postgres:end_to_end", peer=True, needs=("postgres",)),
+    Contestant("Redis Streams", "redis:end_to_end", peer=True, needs=("redis-server",)),
+    Contestant("NATS JetStream", "nats:end_to_end", share=0.4, peer=True),
+    Contestant("RabbitMQ quorum queue", "rabbitmq:end_to_end", share=0.2, peer=True, needs=("rabbitmq-server",)),
 )
 
 SIDE_BY_SIDE = Case(
@@ -129,14 +132,14 @@ SIDE_BY_SIDE = Case(
 )
 
 
-def _full_file(name: str, target: str) -> Case:
+def _full_file(name: str, target: str, *rows: tuple[str, str, Goal | None]) -> Case:
     full = Contestant("full file", target, options={"full": True})
     empty = Contestant("empty file", target, options={"full": False})
     return Case(
         name,
         (full, empty),
         (
-            Row(name, "per_s", "/s", full.name, empty.name, Goal(0.8, of="ratio")),
+            *(Row(f"{name}{what}", metric, "/s", full.name, empty.name, goal) for what, metric, goal in rows),
             Row(f"{name}, memory", "rss_mib", "MiB more", full.name, empty.name, Goal(64, "at most"), difference=True),
         ),
         messages=1_000_000,
@@ -145,8 +148,12 @@ def _full_file(name: str, target: str) -> Case:
     )
 
 
-BESIDE = _full_file("1,000,000 queued, 10,000 delayed, 1,000 parked keys: beside them", "large:beside")
-WORKING_OFF = _full_file("1,000,000 queued, 10,000 delayed, 1,000 parked keys: working them off", "large:working_off")
+QUEUED = "1,000,000 queued, 10,000 delayed, 1,000 parked keys"
+BESIDE = _full_file(f"{QUEUED}: beside them", "large:beside", ("", "per_s", Goal(0.8, of="ratio")))
+WORKING_OFF = _full_file(
+    f"{QUEUED}: working them off", "large:working_off",
+    (", handled", "handled_per_s", Goal(0.8, of="ratio")), (", published meanwhile", "per_s", None),
+)  # fmt: skip
 
 AFTER_KILL = Case(
     "start after kill -9",

@@ -2,12 +2,12 @@
 
 Invariant: complete in itself, readable on light and dark pages; each panel says whether more is better, each bar with a
 goal where that is and whether it was missed. Figures have a column of their own, so nothing runs through them.
-Read next: report.py.
+Read next: curves.py, report.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -59,29 +59,37 @@ def svg(results: list[Result]) -> str:
     for title, unit, bars in _panels(results):
         parts += _panel(title, unit, bars, top)
         top += HEAD + STEP * len(bars)
-    height = top + MARGIN
+    return picture("Trunkline beside hand-written loops and peers", top + MARGIN, STYLE, parts)
+
+
+def picture(title: str, height: int, style: str, parts: Iterable[str]) -> str:
+    """Return a whole picture of `parts`, WIDTH wide."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
         ' role="img">'
     )
-    title = "<title>Trunkline beside hand-written loops and peers</title>"
-    return "\n".join([head, title, f"<style>{STYLE}</style>", *parts, "</svg>", ""])
+    return "\n".join([head, f"<title>{title}</title>", f"<style>{style}</style>", *parts, "</svg>", ""])
 
 
-def _heading(machine: dict[str, str]) -> Iterator[str]:
+def masthead(title: str, machine: dict[str, str]) -> Iterator[str]:
+    """Yield the title, and where and when it was measured."""
     disk = machine["disk"].partition(",")[0]
     where = (
         f"Measured {machine['measured']} on {machine['processor']}, {machine['memory']}, {machine['system']}, {disk}"
     )
-    yield _text("title", MARGIN, 30, "Trunkline beside hand-written loops and peers: the cases with a goal")
-    yield _text("note", MARGIN, 50, where)
+    yield text("title", MARGIN, 30, title)
+    yield text("note", MARGIN, 50, where)
+
+
+def _heading(machine: dict[str, str]) -> Iterator[str]:
+    yield from masthead("Trunkline beside hand-written loops and peers: the cases with a goal", machine)
     x = MARGIN
     for kind, words in (("own", "Trunkline"), ("missed", "Trunkline, goal missed"), ("other", "compared with")):
         yield f'<rect class="{kind}" x="{x}" y="64" width="20" height="{BAR}" rx="2"/>'
-        yield _text("", x + 26, 74, words)
+        yield text("", x + 26, 74, words)
         x += 46 + 7 * len(words)
     yield f'<line class="goal" x1="{x + 8}" x2="{x + 8}" y1="62" y2="78"/>'
-    yield _text("", x + 18, 74, "goal; if it is a ratio, to the best of those compared with")
+    yield text("", x + 18, 74, "goal; if it is a ratio, to the best of those compared with")
 
 
 def _panels(results: list[Result]) -> Iterator[tuple[str, str, list[Bar]]]:
@@ -129,19 +137,20 @@ def _place(row: Result) -> float | None:
 def _panel(title: str, unit: str, bars: list[Bar], top: int) -> Iterator[str]:
     most = max(max(bar.value, bar.goal or 0.0) for bar in bars)
     note = "more is better" if unit == "/s" else "less is better"
-    yield _text("head", MARGIN, top + 18, title)
-    yield _text("note", WIDTH - MARGIN, top + 18, note, anchor="end")
+    yield text("head", MARGIN, top + 18, title)
+    yield text("note", WIDTH - MARGIN, top + 18, note, anchor="end")
     for number, bar in enumerate(bars):
         y = top + HEAD - 4 + number * STEP
         width = max(1.0, ROOM * max(bar.value, 0.0) / most)
-        yield _text("", BARS - 8, y + 10, bar.label, anchor="end")
+        yield text("", BARS - 8, y + 10, bar.label, anchor="end")
         yield f'<rect class="{bar.kind}" x="{BARS}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>'
-        yield _text("", FIGURES, y + 10, value_text(bar.value, unit), anchor="end")
+        yield text("", FIGURES, y + 10, value_text(bar.value, unit), anchor="end")
         if bar.goal is not None:
             x = BARS + ROOM * bar.goal / most
             yield f'<line class="goal" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 2}" y2="{y + BAR + 2}"/>'
-            yield _text("missed" if bar.kind == "missed" else "note", GOALS, y + 10, bar.verdict)
+            yield text("missed" if bar.kind == "missed" else "note", GOALS, y + 10, bar.verdict)
 
 
-def _text(kind: str, x: float, y: float, text: str, *, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+def text(kind: str, x: float, y: float, words: str, *, anchor: str = "start") -> str:
+    """Return a line of text; `kind` is how it looks."""
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(words)}</text>'

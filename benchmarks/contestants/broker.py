@@ -1,4 +1,4 @@
-"""What the contestants of all brokers share: the broker's address, names of their own, orders, the clock.
+"""What the contestants of all brokers share: the broker's address, names of their own, orders, the clock, the load.
 
 Invariant: depends on nothing but the standard library and orders.py. Read next: trunkline_on_brokers.py.
 """
@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cases import Run
@@ -24,13 +26,28 @@ BODIES = [encode(order(number)) for number in range(1000)]
 
 def start(run: Run, name: str) -> dict[str, float]:
     """Start a broker and write down its address, before the contestants of a case run."""
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.brokers", "start", name], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    (run.shared / "url").write_text(_brokers("start", name).strip().partition("\t")[2])
+    return {}
+
+
+@contextmanager
+def own_server(run: Run, kind: str) -> Iterator[Run]:
+    """Start a broker for this run alone and yield the run with its address; it ends with its data."""
+    name = f"{kind}@end-to-end"
+    own = replace(run, shared=run.folder)
+    start(own, name)
+    try:
+        yield own
+    finally:
+        _brokers("stop", "--wipe", name)
+
+
+def _brokers(*arguments: str) -> str:
+    command = [sys.executable, "-m", "scripts.brokers", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    (run.shared / "url").write_text(done.stdout.strip().partition("\t")[2])
-    return {}
+    return done.stdout
 
 
 def start_kafka(run: Run) -> dict[str, float]:
@@ -91,3 +108,40 @@ async def outstanding(messages: int, publish: Callable[[int], Awaitable[object]]
     watch = Stopwatch()
     await asyncio.gather(*(publisher() for _ in range(OUTSTANDING)))
     return watch.read(messages)
+
+
+async def publish_and_consume(
+    messages: int, publish: Callable[[int], Awaitable[object]], consume: Awaitable[object]
+) -> dict[str, float]:
+    """Publish as `outstanding` does while `consume` takes all of them; measure until its last acknowledgement."""
+    watch = Stopwatch()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(outstanding(messages, publish))
+        await consume
+        return watch.read(messages)
+
+
+class Together:
+    """Messages of many tasks: those that come while one batch is under way leave together in the next.
+
+    Args:
+        send: sends the messages of these numbers and returns when the broker has confirmed them.
+    """
+
+    def __init__(self, send: Callable[[list[int]], Awaitable[object]]) -> None:
+        self._send = send
+        self._numbers: list[int] = []
+        self._next: asyncio.Task[None] | None = None
+        self._under_way = asyncio.Lock()
+
+    async def publish(self, number: int) -> None:
+        """Return when its batch is confirmed."""
+        self._numbers.append(number)
+        if self._next is None:
+            self._next = asyncio.create_task(self._leave())
+        await self._next
+
+    async def _leave(self) -> None:
+        async with self._under_way:
+            numbers, self._numbers, self._next = self._numbers, [], None
+            await self._send(numbers)

@@ -73,7 +73,11 @@ def one_process(run: Run, *, kind: Kind) -> dict[str, float]:
 
 
 async def load(folder: Path, messages: int, kind: Kind) -> dict[str, float]:
-    """Return rate and peak memory of that load on the file in `folder`."""
+    """Publish so many messages and handle as many, on the file in `folder`.
+
+    Returns: how many were published in a second, how many handled and acknowledged, be they these or what waited
+        before them, and peak memory.
+    """
     declare(kind)
     counting = Counting(messages)
     async with App(counting.service, transport=url(folder)) as app:
@@ -82,9 +86,14 @@ async def load(folder: Path, messages: int, kind: Kind) -> dict[str, float]:
         began = time.monotonic()
         await publish_from_100(app, messages)
         await counting.done
+        handled = counting.count
         await app.publish(order(0))  # its commit comes after the last acknowledgement
         took = time.monotonic() - began
-    return {"per_s": messages / took, "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "per_s": messages / took,
+        "handled_per_s": handled / took,
+        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def two_processes(run: Run, *, kind: Kind) -> dict[str, float]:

@@ -6,7 +6,16 @@ import asyncio
 from typing import Any
 
 from benchmarks.cases import Run
-from benchmarks.contestants.broker import BODIES, Stopwatch, fresh_name, outstanding, url_of
+from benchmarks.contestants.broker import (
+    BODIES,
+    Stopwatch,
+    Together,
+    fresh_name,
+    outstanding,
+    own_server,
+    publish_and_consume,
+    url_of,
+)
 from benchmarks.contestants.orders import decode
 
 ACKS = 1000
@@ -65,11 +74,56 @@ async def _raw_publish(run: Run) -> dict[str, float]:
 
     client = await nats.connect(url_of(run))
     stream = client.jetstream()
-    name = fresh_name()
-    await stream.add_stream(name=name, subjects=[name])
+    name = await _stream(stream)
     measured = await outstanding(run.messages, lambda number: stream.publish(name, BODIES[number % 1000]))
     await client.close()
     return measured
+
+
+def end_to_end(run: Run) -> dict[str, float]:
+    """Publish from 100 tasks, what waits at the same time in one atomic batch, which is one sync.
+
+    At the same time fetch what is there, 1,000 at most, decode, acknowledge all by the last and await the answer.
+    """
+    import uvloop
+
+    with own_server(run, "nats") as own:
+        return uvloop.run(_end_to_end(own))
+
+
+async def _end_to_end(run: Run) -> dict[str, float]:
+    import nats
+
+    client = await nats.connect(url_of(run))
+    stream = client.jetstream()
+    name = await _stream(stream, allow_atomic=True)
+    together = Together(lambda numbers: _batch(client, stream, name, numbers))
+    measured = await publish_and_consume(run.messages, together.publish, _fetch(stream, name, run.messages))
+    await client.close()
+    return measured
+
+
+async def _batch(client: Any, stream: Any, name: str, numbers: list[int]) -> None:
+    """Publish all or none; the server answers to the last (ADR-50 of NATS: atomic batch publishing)."""
+    batch = {"Nats-Batch-Id": fresh_name()}
+    for place, number in enumerate(numbers[:-1], 1):
+        await client.publish(name, BODIES[number % 1000], headers={**batch, "Nats-Batch-Sequence": str(place)})
+    last = {**batch, "Nats-Batch-Sequence": str(len(numbers)), "Nats-Batch-Commit": "1"}
+    await stream.publish(name, BODIES[numbers[-1] % 1000], headers=last)
+
+
+async def _fetch(stream: Any, name: str, messages: int) -> None:
+    from nats.js.api import AckPolicy, ConsumerConfig
+
+    config = ConsumerConfig(ack_policy=AckPolicy.ALL, max_ack_pending=ACKS)
+    subscription = await stream.pull_subscribe(name, durable=name, config=config)
+    handled = 0
+    while handled < messages:
+        fetched = await subscription.fetch(ACKS)
+        for message in fetched:
+            decode(message.data)
+        await fetched[-1].ack_sync()
+        handled += len(fetched)
 
 
 def faststream_consume(run: Run) -> dict[str, float]:
@@ -123,8 +177,7 @@ async def _faststream_publish(run: Run) -> dict[str, float]:
     from benchmarks.contestants.pydantic_orders import pydantic_order
 
     client = await nats.connect(url_of(run))
-    name = fresh_name()
-    await client.jetstream().add_stream(name=name, subjects=[name])
+    name = await _stream(client.jetstream())
     await client.close()
     orders = [pydantic_order(number) for number in range(1000)]
     async with NatsBroker(url_of(run), logger=None) as broker:
@@ -132,9 +185,14 @@ async def _faststream_publish(run: Run) -> dict[str, float]:
         return await outstanding(run.messages, lambda number: broker.publish(orders[number % 1000], name, stream=name))
 
 
-async def _filled_stream(client: Any, stream: Any, run: Run, retention: str = "limits") -> str:
+async def _stream(stream: Any, **settings: Any) -> str:
     name = fresh_name()
-    await stream.add_stream(name=name, subjects=[name], retention=retention)
+    await stream.add_stream(name=name, subjects=[name], **settings)
+    return name
+
+
+async def _filled_stream(client: Any, stream: Any, run: Run, retention: str = "limits") -> str:
+    name = await _stream(stream, retention=retention)
     for number in range(run.messages - 1):
         await client.publish(name, BODIES[number % 1000])
         if number % 1000 == 0:

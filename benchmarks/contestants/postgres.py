@@ -1,4 +1,4 @@
-"""PostgreSQL as a queue: 100 publishers over 10 connections, one consumer with SKIP LOCKED, 100 rows at a time.
+"""PostgreSQL as a queue: what 100 publishers insert at the same time in one commit, one consumer with SKIP LOCKED.
 
 Its own server for each run, default settings (fsync and synchronous_commit on). Runs in the environment of peers.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Run
-from benchmarks.contestants.orders import decode, encode, order
-
-PUBLISHERS, CONNECTIONS = 100, 10
+from benchmarks.contestants.broker import BODIES, Together, publish_and_consume
+from benchmarks.contestants.orders import decode
 
 
 def end_to_end(run: Run) -> dict[str, float]:
     """Publish and consume; rate until the last acknowledgement."""
+    import uvloop
+
     data = run.folder / "data"
     data.mkdir()
     as_other: dict[str, Any] = {}
@@ -38,7 +39,7 @@ def end_to_end(run: Run) -> dict[str, float]:
         stdout=subprocess.DEVNULL, stderr=(run.folder / "log").open("wb"), cwd=run.folder, **as_other,
     )  # fmt: skip
     try:
-        return asyncio.run(_measure(run))
+        return uvloop.run(_measure(run))
     finally:
         server.terminate()
         server.wait()
@@ -58,27 +59,26 @@ async def _measure(run: Run) -> dict[str, float]:
                 raise
             await asyncio.sleep(0.05)
     await consumer.execute("CREATE TABLE message (position BIGSERIAL PRIMARY KEY, body BYTEA NOT NULL)")
-    pool = await asyncpg.create_pool(**address, min_size=CONNECTIONS, max_size=CONNECTIONS)
-    bodies = [encode(order(number)) for number in range(1000)]
+    publisher = await asyncpg.connect(**address)
 
-    async def publisher(first: int) -> None:
-        for number in range(first, run.messages, PUBLISHERS):
-            await pool.execute("INSERT INTO message (body) VALUES ($1)", bodies[number % 1000])
+    async def consume() -> None:
+        handled = 0
+        while handled < run.messages:
+            async with consumer.transaction():
+                rows = await consumer.fetch(
+                    "SELECT position, body FROM message ORDER BY position LIMIT 100 FOR UPDATE SKIP LOCKED"
+                )
+                for row in rows:
+                    decode(row["body"])
+                taken = [row["position"] for row in rows]
+                await consumer.execute("DELETE FROM message WHERE position = ANY($1)", taken)
+            handled += len(rows)
 
-    began = time.perf_counter()
-    publishing = asyncio.gather(*(publisher(first) for first in range(PUBLISHERS)))
-    handled = 0
-    while handled < run.messages:
-        async with consumer.transaction():
-            rows = await consumer.fetch(
-                "SELECT position, body FROM message ORDER BY position LIMIT 100 FOR UPDATE SKIP LOCKED"
-            )
-            for row in rows:
-                decode(row["body"])
-            await consumer.execute("DELETE FROM message WHERE position = ANY($1)", [row["position"] for row in rows])
-        handled += len(rows)
-    took = time.perf_counter() - began
-    await publishing
-    await pool.close()
+    async def insert(numbers: list[int]) -> None:
+        bodies = [BODIES[number % 1000] for number in numbers]
+        await publisher.execute("INSERT INTO message (body) SELECT unnest($1::bytea[])", bodies)
+
+    measured = await publish_and_consume(run.messages, Together(insert).publish, consume())
+    await publisher.close()
     await consumer.close()
-    return {"per_s": run.messages / took}
+    return measured

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from benchmarks.cases import Run
-from benchmarks.contestants.broker import BODIES, Stopwatch, fresh_name, outstanding, url_of
+from benchmarks.contestants.broker import (
+    BODIES,
+    Stopwatch,
+    fresh_name,
+    outstanding,
+    own_server,
+    publish_and_consume,
+    url_of,
+)
 from benchmarks.contestants.orders import decode
 
 PREFETCH = 1000
@@ -26,6 +35,14 @@ async def _raw_consume(run: Run) -> dict[str, float]:
     connection = await aiormq.connect(url_of(run))
     name = await _filled_queue(connection, run)
     channel = await connection.channel(publisher_confirms=False)
+    watch = await _consume(channel, name, run.messages)
+    measured = watch.read(run.messages)
+    await connection.close()
+    return measured
+
+
+async def _consume(channel: Any, name: str, messages: int) -> Stopwatch:
+    """Return a stopwatch that was started with the first delivery, once the last acknowledgement has left."""
     await channel.basic_qos(prefetch_count=PREFETCH)
     handled, watch = 0, None
     done = asyncio.Event()
@@ -36,17 +53,15 @@ async def _raw_consume(run: Run) -> dict[str, float]:
             watch = Stopwatch()
         decode(message.body)
         handled += 1
-        if handled % ACK_EVERY == 0 or handled == run.messages:
-            await channel.basic_ack(message.delivery_tag, multiple=True)
-        if handled == run.messages:
+        if handled % ACK_EVERY == 0 or handled == messages:
+            await channel.basic_ack(message.delivery_tag, multiple=True, wait=False)
+        if handled == messages:
             done.set()
 
     await channel.basic_consume(name, handle)
     await done.wait()
     assert watch is not None
-    measured = watch.read(run.messages)
-    await connection.close()
-    return measured
+    return watch
 
 
 def raw_publish(run: Run) -> dict[str, float]:
@@ -61,14 +76,42 @@ async def _raw_publish(run: Run) -> dict[str, float]:
 
     connection = await aiormq.connect(url_of(run))
     name = await _queue(connection)
+    measured = await outstanding(run.messages, await _publisher(connection, name))
+    await connection.close()
+    return measured
+
+
+async def _publisher(connection: Any, name: str) -> Callable[[int], Awaitable[object]]:
+    """Return what publishes the message of a number and awaits its confirmation."""
+    import aiormq
+
     channel = await connection.channel(publisher_confirms=True)
     properties = aiormq.spec.Basic.Properties(delivery_mode=2)
-    measured = await outstanding(
-        run.messages,
-        lambda number: channel.basic_publish(
-            BODIES[number % 1000], routing_key=name, properties=properties, mandatory=True
-        ),
+    return lambda number: channel.basic_publish(
+        BODIES[number % 1000], routing_key=name, properties=properties, mandatory=True, wait=False
     )
+
+
+def end_to_end(run: Run) -> dict[str, float]:
+    """Publish from 100 tasks on one channel; at the same time consume on another as `raw_consume` does."""
+    import uvloop
+
+    with own_server(run, "rabbitmq") as own:
+        return uvloop.run(_end_to_end(own))
+
+
+async def _end_to_end(run: Run) -> dict[str, float]:
+    import aiormq
+
+    connection = await aiormq.connect(url_of(run))
+    name = await _queue(connection)
+    channel = await connection.channel(publisher_confirms=False)
+
+    async def consume() -> None:
+        await _consume(channel, name, run.messages)
+        await channel.close()  # answered after the last acknowledgement, which has no answer
+
+    measured = await publish_and_consume(run.messages, await _publisher(connection, name), consume())
     await connection.close()
     return measured
 
@@ -140,13 +183,6 @@ async def _queue(connection: Any) -> str:
 
 
 async def _filled_queue(connection: Any, run: Run) -> str:
-    import aiormq
-
     name = await _queue(connection)
-    channel = await connection.channel(publisher_confirms=True)
-    properties = aiormq.spec.Basic.Properties(delivery_mode=2)
-    await outstanding(
-        run.messages,
-        lambda number: channel.basic_publish(BODIES[number % 1000], routing_key=name, properties=properties),
-    )
+    await outstanding(run.messages, await _publisher(connection, name))
     return name

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.cases import Run
-from benchmarks.contestants.broker import BODIES, OUTSTANDING, Stopwatch, fresh_name, outstanding, url_of
+from benchmarks.contestants.broker import (
+    BODIES,
+    OUTSTANDING,
+    Stopwatch,
+    Together,
+    fresh_name,
+    outstanding,
+    own_server,
+    publish_and_consume,
+    url_of,
+)
 from benchmarks.contestants.orders import decode
 
 BATCH = 100
@@ -23,9 +34,16 @@ async def _raw_consume(run: Run) -> dict[str, float]:
     client = _client(run)
     name = await _filled_stream(client, run)
     watch = Stopwatch()
+    await _consume(client, name, run.messages)
+    measured = watch.read(run.messages)
+    await client.aclose()
+    return measured
+
+
+async def _consume(client: Any, name: str, messages: int) -> None:
     handled = 0
-    while handled < run.messages:
-        ((_, entries),) = await client.xreadgroup(name, "one", {name: ">"}, count=BATCH)
+    while handled < messages:
+        ((_, entries),) = await client.xreadgroup(name, "one", {name: ">"}, count=BATCH, block=0)
         for _, fields in entries:
             decode(fields[b"e"])
         ids = [number for number, _ in entries]
@@ -34,9 +52,6 @@ async def _raw_consume(run: Run) -> dict[str, float]:
         pipeline.xdel(name, *ids)
         await pipeline.execute()
         handled += len(ids)
-    measured = watch.read(run.messages)
-    await client.aclose()
-    return measured
 
 
 def raw_publish(run: Run) -> dict[str, float]:
@@ -50,8 +65,25 @@ async def _raw_publish(run: Run) -> dict[str, float]:
     client = _client(run)
     name = fresh_name()
     watch = Stopwatch()
-    await _add(client, name, run.messages, OUTSTANDING)
+    await _add_all(client, name, run.messages, OUTSTANDING)
     measured = watch.read(run.messages)
+    await client.aclose()
+    return measured
+
+
+def end_to_end(run: Run) -> dict[str, float]:
+    """Add from 100 tasks, what waits at the same time in one pipeline; read at the same time as `raw_consume` does."""
+    import uvloop
+
+    with own_server(run, "redis") as own:
+        return uvloop.run(_end_to_end(own))
+
+
+async def _end_to_end(run: Run) -> dict[str, float]:
+    client = _client(run)
+    name = await _stream(client)
+    together = Together(lambda numbers: _add(client, name, numbers))
+    measured = await publish_and_consume(run.messages, together.publish, _consume(client, name, run.messages))
     await client.aclose()
     return measured
 
@@ -118,15 +150,24 @@ def _client(run: Run) -> Any:
 
 
 async def _filled_stream(client: Any, run: Run) -> str:
-    name = fresh_name()
-    await client.xgroup_create(name, name, "0", mkstream=True)
-    await _add(client, name, run.messages, 1000)
+    name = await _stream(client)
+    await _add_all(client, name, run.messages, 1000)
     return name
 
 
-async def _add(client: Any, name: str, messages: int, batch: int) -> None:
+async def _stream(client: Any) -> str:
+    name = fresh_name()
+    await client.xgroup_create(name, name, "0", mkstream=True)
+    return name
+
+
+async def _add_all(client: Any, name: str, messages: int, batch: int) -> None:
     for first in range(0, messages, batch):
-        pipeline = client.pipeline(transaction=False)
-        for number in range(first, min(first + batch, messages)):
-            pipeline.xadd(name, {"e": BODIES[number % 1000]})
-        await pipeline.execute()
+        await _add(client, name, range(first, min(first + batch, messages)))
+
+
+async def _add(client: Any, name: str, numbers: Iterable[int]) -> None:
+    pipeline = client.pipeline(transaction=False)
+    for number in numbers:
+        pipeline.xadd(name, {"e": BODIES[number % 1000]})
+    await pipeline.execute()

@@ -1,6 +1,6 @@
 """Trunkline on a broker: an App as a user writes it.
 
-Read next: kafka.py, rabbitmq.py, nats.py, redis.py, postgres_queue.py, what it is compared with.
+Read next: sharing.py; kafka.py, rabbitmq.py, nats.py, redis.py, postgres_queue.py, what it is compared with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from benchmarks.contestants.orders import OrderCreated, order
 from trunkline import App, Queue, Service, Stream
 
 BATCH = 1000
+PARTITIONS = 8
 
 
 def consume(run: Run, kind: str, store: str) -> dict[str, float]:
@@ -32,15 +33,16 @@ def _run(work) -> dict[str, float]:  # noqa: ANN001
     return uvloop.run(work)
 
 
-def _declare(kind: str) -> None:
+def declare(kind: str) -> None:
     """Give the order its home."""
     if kind == "stream":
-        Stream(fresh_name(), key="order_id", partitions=8).event(OrderCreated)
+        Stream("orders", key="order_id", partitions=PARTITIONS).event(OrderCreated)
     else:
-        Queue(fresh_name()).command(OrderCreated)
+        Queue("orders").command(OrderCreated)
 
 
-def _url(run: Run) -> str:
+def address(run: Run) -> str:
+    """Return the broker's URL, with room of its own for this run."""
     url = url_of(run)
     return f"{url}{'&' if '?' in url else '?'}prefix={fresh_name()}"
 
@@ -51,8 +53,8 @@ def _store(run: Run, store: str) -> str:
 
 
 async def _consume(run: Run, kind: str, store: str) -> dict[str, float]:
-    _declare(kind)
-    url = _url(run)
+    declare(kind)
+    url = address(run)
     service = Service("reader")
     handled = 0
     watch = Stopwatch()
@@ -69,16 +71,16 @@ async def _consume(run: Run, kind: str, store: str) -> dict[str, float]:
             done.set()
 
     place = url if store == "own" else _store(run, store)
-    await _fill(run, url, place)
+    await fill(run, url, place)
     gc.collect()
     gc.freeze()
     async with App(service, transport=url, store=place) as app:
         await done.wait()
-        await _settled(app)
+        await settled(app)
         return watch.read(messages)
 
 
-async def _fill(run: Run, url: str, store: str) -> None:
+async def fill(run: Run, url: str, store: str) -> None:
     """Publish the backlog."""
     orders = [order(number) for number in range(BATCH)]
     publisher = Service("publisher")
@@ -87,7 +89,7 @@ async def _fill(run: Run, url: str, store: str) -> None:
             await app.publish_all(orders[: min(BATCH, run.messages - first)])
 
 
-async def _settled(app: App) -> None:
+async def settled(app: App) -> None:
     """Wait until the broker has every acknowledgement."""
     for consumer in app._consumers:  # noqa: SLF001
         while (await app.transport.backlog(consumer.subscription)).waiting:  # noqa: ASYNC110 - it is the broker's
@@ -95,9 +97,9 @@ async def _settled(app: App) -> None:
 
 
 async def _publish(run: Run, kind: str) -> dict[str, float]:
-    _declare(kind)
+    declare(kind)
     orders = [order(number) for number in range(1000)]
-    async with App(Service("publisher"), transport=_url(run), store="none:") as app:
+    async with App(Service("publisher"), transport=address(run), store="none:") as app:
         gc.collect()
         gc.freeze()
         return await outstanding(run.messages, lambda number: app.publish(orders[number % 1000]))

@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Evidence:
     repeated_mails: int
 
     def __post_init__(self) -> None:
-        data = {purchase.order_id: purchase for purchase in read_purchases()}
+        data = _purchases()
         self.unplaced = [name for name in self.orders if name not in self.placed and not name.startswith(FROM_THE_PAGE)]
         self.unknown = [name for name in self.placed if name not in data and not name.startswith(FROM_THE_PAGE)]
         self.wanted: dict[str, Purchase] = {name: data[name] for name in self.placed if name in data}
@@ -100,6 +101,11 @@ class Evidence:
     def ending(self, *endings: Ending) -> list[Purchase]:
         """Return the orders that have to end so."""
         return [purchase for purchase in self.wanted.values() if purchase.ending in endings]
+
+
+@cache
+def _purchases() -> dict[str, Purchase]:
+    return {purchase.order_id: purchase for purchase in read_purchases()}
 
 
 def _purchase(name: str, row: Row) -> Purchase:

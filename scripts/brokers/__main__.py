@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command("install", "install what is missing", "+")
     command("url", "print the URL of one that runs", "+")
-    stop = command("stop", "end cleanly, all without a name; data and ports stay", "*")
+    stop = command("stop", "end cleanly, all without a name; data and ports stay; prints what it stopped", "*")
     stop.add_argument("--wipe", action="store_true", help="remove data and ports too")
     command("restart", "stop, then start on the same ports and data", "+")
     command("kill", "kill -9; data stays", "+")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "status":
             _print_status(brokers, as_json=options.json)
         elif options.command == "stop":
-            _each(options.names or brokers.names(), lambda name: brokers.stop(name, wipe=options.wipe))
+            _stop(options.names or brokers.names(), lambda name: brokers.stop(name, wipe=options.wipe))
         else:
             _run(options, brokers)
     except BrokerError as error:
@@ -130,6 +130,20 @@ def _print_urls(names: Sequence[str], act: Callable[[str], str]) -> None:
         print(f"{name}\t{act(name)}\n", end="", flush=True)  # one write: lines of threads do not mix
 
     _each(names, print_url)
+
+
+def _stop(names: Sequence[str], act: Callable[[str], bool]) -> None:
+    """As `_each`, printing each broker that ran as soon as it is stopped."""
+    stopped = []
+
+    def print_stopped(name: str) -> None:
+        if act(name):
+            stopped.append(name)
+            print(f"{name}\tstopped\n", end="", flush=True)
+
+    _each(names, print_stopped)
+    if not stopped:
+        print("nothing ran")
 
 
 def _print_status(brokers: Brokers, *, as_json: bool) -> None:

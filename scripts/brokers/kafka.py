@@ -15,6 +15,8 @@ LOCK = Path(__file__).with_name("kafka.lock")
 CLUSTER_ID = "dHJ1bmtsaW5lLWthZmthMQ"  # 16 bytes in base64
 HEAP = ("-Xms256m", "-Xmx512m")
 API_VERSIONS, METADATA = 18, 3
+ADVERTISED = "broker.test"
+"""Of the variant `named`: a name that nobody knows; who connects has to see that it is resolved."""
 
 LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="WARN">
@@ -27,11 +29,11 @@ LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 class Kafka(Kind):
-    """Variants: sasl (SCRAM-SHA-256). The only kind with several nodes: `kafka3` has three."""
+    """Variants: sasl (SCRAM-SHA-256), named (tells ADVERTISED). The only kind with several nodes: `kafka3`."""
 
     name = "kafka"
     ports = ("client", "internal", "controller")
-    variants: ClassVar[frozenset[str]] = frozenset({"sasl"})
+    variants: ClassVar[frozenset[str]] = frozenset({"sasl", "named"})
     clusters = True
 
     def _jars(self) -> Path:
@@ -112,6 +114,11 @@ def _properties(broker: Broker, node: Node) -> list[str]:
         "broker.session.timeout.ms": 3000,
         "broker.heartbeat.interval.ms": 500,
     }
+    if "named" in broker.variants:
+        told = {name: ADVERTISED if name == "client" else HOST for name in ("client", "internal")}
+        properties["advertised.listeners"] = ",".join(
+            f"{name.upper()}://{host}:{node.ports[name]}" for name, host in told.items()
+        )
     if sasl:
         properties |= {
             "sasl.enabled.mechanisms": "SCRAM-SHA-256",

@@ -111,13 +111,17 @@ class Brokers:
             self._bring_up(name, record, number)
         return str(record["url"])
 
-    def stop(self, text: str, *, wipe: bool = False) -> None:
-        """End a broker cleanly, by force after STOP_TIMEOUT_S; `wipe` removes its data and ports as well."""
+    def stop(self, text: str, *, wipe: bool = False) -> bool:
+        """End a broker cleanly, by force after STOP_TIMEOUT_S; `wipe` removes its data and ports as well.
+
+        Returns: whether anything of it ran.
+        """
         name, number = self._existing(text)
         with self._locked(name):
-            self._end(name, number, name.kind.stop_signal)
+            ran = self._end(name, number, name.kind.stop_signal)
             if wipe and number is None:
                 shutil.rmtree(self.folder / name.folder)
+        return ran
 
     def kill(self, text: str) -> None:
         """End a broker or one node by SIGKILL; its data stays as it is."""
@@ -234,12 +238,15 @@ class Brokers:
             self._write(name, record)
             raise
 
-    def _end(self, name: Name, number: int | None, by: signal.Signals) -> None:
+    def _end(self, name: Name, number: int | None, by: signal.Signals) -> bool:
+        """End the nodes that run; return whether any did."""
         record = self._load(name)
         chosen = [state for state in record["nodes"] if number in {None, state["number"]}]
+        ran = any(map(_alive, chosen))
         with ThreadPoolExecutor(len(chosen)) as pool:
             list(pool.map(lambda state: _end(state, by), chosen))
         self._write(name, record)
+        return ran
 
 
 def _spawn(kind: Kind, broker: Broker, state: dict[str, Any], node: Node) -> None:

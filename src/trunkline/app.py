@@ -24,11 +24,13 @@ from trunkline.delivery import Deliverer, compile_routes
 from trunkline.errors import ConfigurationError, DefinitionError, TransportError, TrunklineError
 from trunkline.handler import Context, Handler, check_allowed, check_schedules, due_time, make_message
 from trunkline.hooks import Hooks
+from trunkline.inspection import RUN_ON_IT, left_over
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
 from trunkline.policies.retry import describe
 from trunkline.service import Background, Service, System
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, dead_letter_queue, resolve
+from trunkline.tasks import spawn
 from trunkline.transport import Backlog, Staged, Subscription, Transport, load_adapter, parse_address
 
 log = logging.getLogger("trunkline.app")
@@ -36,6 +38,8 @@ T = TypeVar("T")
 
 GRACE_S = 30.0
 """How long a stop waits for handlers to finish."""
+START_S = 1.0
+"""How long a start goes on that a signal stops: what is nearly done is not interrupted."""
 TIDY_S = 60.0
 
 
@@ -118,9 +122,21 @@ class App:
             raise
         try:
             await self._open(plans, channels, shared)
+            if not shared and self.store_url != self.transport_url:
+                await self._look_for_left_over()
         except BaseException:
             await self.stop()
             raise
+
+    async def _look_for_left_over(self) -> None:
+        """Warn of messages in the store's database that came there when it was the transport too."""
+        try:
+            found = await left_over(self.store_url, self.clock)
+        except TrunklineError as error:
+            found = ""
+            log.info("whether older messages wait in the store is not known: %s", error)
+        if found:
+            log.warning("%s; nobody reads them here: %s", found, RUN_ON_IT)
 
     async def _open(
         self,
@@ -143,17 +159,13 @@ class App:
             self._consumers.append(self._consumer(service, subscription, handlers, shared=shared, alone=alone))
         # Units of work outside handlers may publish to any channel, so the relay must know them all.
         self._relay = Relay(self.store, self.transport, known_channels(self.system) | channels, self.clock)
-        self._relaying = asyncio.create_task(self._relay.work())
-        self._relaying.add_done_callback(self._task_ended)
-        self._tidying = asyncio.create_task(self._tidy())
-        self._tidying.add_done_callback(self._task_ended)
+        self._relaying = spawn(self._relay.work(), self._fail)
+        self._tidying = spawn(self._tidy(), self._fail)
         for service in self.system.services:
             for background in service.backgrounds:
                 resources = self._running[service.name].resources
                 running = Running(self, service, resources, background)
-                task = asyncio.create_task(self._background(background.function, running))
-                task.add_done_callback(self._task_ended)
-                self._backgrounds.append(task)
+                self._backgrounds.append(spawn(self._background(background.function, running), self._fail))
 
     def _consumer(
         self,
@@ -263,9 +275,10 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         try:
-            await self.start()
+            if not await self._start_unless_told_to_stop():
+                return
             services = ", ".join(service.name for service in self.system.services)
-            log.info("%s runs on %s: %s", self.system.name, parse_address(self.transport_url).shown, services)
+            log.info("%s runs on %s: %s", self.system.name, self._places(), services)
             try:
                 await self.ended()
             finally:
@@ -273,6 +286,30 @@ class App:
                 await self.stop()
         finally:
             self._second_signal_kills()
+
+    async def _start_unless_told_to_stop(self) -> bool:
+        """Start; return False if a signal came while the broker or the store kept it waiting.
+
+        Raises: as start, and the error that ended the system meanwhile.
+        """
+        assert self._ended is not None  # noqa: S101 - set by serve
+        starting = asyncio.create_task(self.start())
+        try:
+            await asyncio.wait({starting, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                await asyncio.wait({starting}, timeout=START_S)
+        finally:
+            starting.cancel()  # nothing to do if it has ended
+            await asyncio.wait({starting})
+        if starting.cancelled():
+            self._ended.result()  # it may have failed, and not been told to stop
+            return False
+        starting.result()
+        return True
+
+    def _places(self) -> str:
+        shown, store = parse_address(self.transport_url).shown, parse_address(self.store_url).shown
+        return shown if self.store_url == self.transport_url else f"{shown} with the store {store}"
 
     def _second_signal_kills(self) -> None:
         loop = asyncio.get_running_loop()
@@ -298,10 +335,6 @@ class App:
         if self._ended is not None and not self._ended.done():
             self._ended.set_exception(error)
             self._ended.exception()  # seen here; `ended` raises it again for whoever waits
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
 
     async def _tidy(self) -> None:
         """Let the store and the transport forget what nobody needs any more."""

@@ -170,9 +170,16 @@ async def offload(function: Callable[..., T], *args: Any) -> T:
     """Run a blocking function in a worker thread; the only way to a thread.
 
     A thread cannot be interrupted: when the caller is cancelled, `function` goes on unheard.
-    Raises: whatever `function` raises.
+    Raises: whatever `function` raises; RuntimeError for a StopIteration, which no future can carry.
     """
-    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+    return await asyncio.get_running_loop().run_in_executor(None, _call, function, *args)
+
+
+def _call(function: Callable[..., T], *args: Any) -> T:
+    try:
+        return function(*args)
+    except StopIteration as error:  # as generators and coroutines do
+        raise RuntimeError("a function raised StopIteration") from error
 
 
 block: Callable[[float], None] = _time.sleep

@@ -22,6 +22,7 @@ from trunkline.message import unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.parking import Parking
 from trunkline.store import Store, Unit
+from trunkline.tasks import spawn
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
 
 log = logging.getLogger("trunkline.consumer")
@@ -71,6 +72,8 @@ class Consumer:
         self._under_way = 0
         self._free: asyncio.Future[None] | None = None
         self._assignment = -1
+        self._left: set[int] = set()
+        self._outlived: dict[tuple[int, int], int] = {}
         self._redo: list[Delivery] = []
         self._acks: list[Delivery] = []
         self._batch_ended = asyncio.Event()
@@ -99,15 +102,9 @@ class Consumer:
             self._spawn(self._run_batches())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        task.add_done_callback(self._ended)
+        task = spawn(coroutine, self._failed)
         self._tasks.append(task)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if task in self._tasks:
-            self._tasks.remove(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._failed(error)
+        task.add_done_callback(self._tasks.remove)
 
     async def drain(self, grace_s: float) -> None:
         """Let what is under way finish for up to `grace_s` seconds, then cancel it; its messages come again."""
@@ -151,6 +148,10 @@ class Consumer:
                 log.warning("%s cannot receive, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
                 await self._clock.sleep(AGAIN_S)
                 continue
+            if self._left:
+                # All that is older than this batch goes before it is let in; what comes again begins anew.
+                self._without_lost([])
+                self._left.clear()
             self._under_way += len(batch)
             await self._admit(batch)
 
@@ -194,8 +195,19 @@ class Consumer:
         return batch
 
     def _is_lost(self, delivery: Delivery) -> bool:
-        live = delivery.partition >= 0 and delivery.row == LIVE
-        return live and not self._transport.owns(self.subscription, delivery.partition)
+        """Return whether another process may read the partition of a delivery, or may have done so meanwhile.
+
+        Once one delivery was left for it, all that were received with it or before are: a partition that comes back
+        brings them again, and the later ones must not run before the earlier.
+        """
+        partition = delivery.partition
+        if partition < 0 or delivery.row != LIVE:
+            return False
+        if partition not in self._left:
+            if self._transport.owns(self.subscription, partition):
+                return False
+            self._left.add(partition)
+        return True
 
     def _forget(self, count: int) -> None:
         """Take `count` messages for no longer under way, though nothing became of them: they are another process's."""
@@ -244,9 +256,20 @@ class Consumer:
                 delivery.key = message.partitionkey
 
     def _acknowledge(self, delivery: Delivery) -> None:
-        unit = Unit((delivery,), self.settled)
+        unit = Unit((delivery,), self._acknowledged)
         unit.duplicate = True
         self.deliverer.settle(unit, ACK)
+
+    def _acknowledged(self, unit: Unit, error: BaseException | None) -> None:
+        """React to the end of `_acknowledge`: what failed is not done again as a message, before the first copy."""
+        if isinstance(error, TrunklineError) and not _is_final(error):
+            self._spawn(self._acknowledge_again(unit.deliveries[0]))
+        else:
+            self.settled(unit, error)
+
+    async def _acknowledge_again(self, delivery: Delivery) -> None:
+        await self._clock.sleep(AGAIN_S)
+        self._acknowledge(delivery)
 
     async def _admit_suspects(self, batch: list[Delivery]) -> list[Delivery]:
         """Count the try on disk before it begins; run alone what was under way in more than one crash."""
@@ -279,19 +302,30 @@ class Consumer:
                 self._forget(1)
                 return
             (count,) = await self._until_stored(lambda: self._store.begin_attempts([delivery]))
-            if count > MAX_CRASHES:
-                reason = f"the process died {count} times while handling it"
+            place = delivery.partition, delivery.position
+            outlived = self._outlived.pop(place, 0)
+            # What was submitted before is stored now: a broker that moved a partition away and back brings again what
+            # this process has just handled.
+            if not await self._without_known([delivery], [delivery]):
+                return
+            if count - outlived > MAX_CRASHES:
+                reason = f"the process died {count - outlived} times while handling it"
                 delivery.attempt = count
                 self.deliverer.settle(Unit((delivery,), self.settled), DeadLetter("crashed", reason))
                 return
             self._run([delivery])
             await self._idle()
+            if self._is_lost(delivery):
+                # The connection went away, the process did not: it comes again, and this try was no crash.
+                self._outlived = {at: n for at, n in self._outlived.items() if at[0] != place[0]}
+                self._outlived[place] = outlived + 1
 
     async def _idle(self) -> None:
         await self.lanes.idle()
         await self._batches_idle.wait()
 
-    def _run(self, deliveries: Sequence[Delivery]) -> None:
+    def _run(self, deliveries: Sequence[Delivery], *, first: bool = False) -> None:
+        """Have deliveries run after, or before, what waits here."""
         if not deliveries:
             return
         if self._draining:
@@ -299,18 +333,26 @@ class Consumer:
             self._under_way -= len(deliveries)
             self._give_room()
         elif self._batch:
-            self._gathered += deliveries
+            at = 0 if first else len(self._gathered)
+            self._gathered[at:at] = deliveries
             self._batches_idle.clear()
             self._gathering.set()
+            if len(self._gathered) >= self._options.batch.size:
+                self._full.set()
+        elif first:
+            self.lanes.add_first(deliveries)
         else:
             self.lanes.add(deliveries)
 
     async def run_parked(self, deliveries: list[Delivery]) -> None:
-        """Run parked messages that are due; each try is counted, for one may take the process down."""
+        """Run parked messages that are due; each try is counted, for one may take the process down.
+
+        Before what waits here: they are older, and while they do not run, more of their key is parked behind them.
+        """
         self._under_way += len(deliveries)
         fresh = await self._without_known(deliveries, deliveries)
         if fresh:
-            self._run(await self._admit_suspects(fresh))
+            self._run(await self._admit_suspects(fresh), first=True)
 
     async def _run_batches(self) -> None:
         options = self._options.batch
@@ -411,8 +453,12 @@ class Consumer:
         await self._clock.sleep(AGAIN_S)
         await self.lanes.still()
         await self._batch_ended.wait()
-        await self._until_stored(self.parking.load)
-        redo, self._redo = self._redo, []
+        assignment: int | None = None
+        while assignment != (assignment := self._transport.assignment(self.subscription)):
+            await self._until_stored(self.parking.load)  # for the partitions that are read now
+        undone, self._redo = self._redo, []
+        redo = [delivery for delivery in undone if not self._is_lost(delivery)]
+        self._forget(len(undone) - len(redo))
         redo.sort(key=lambda delivery: delivery.position)
         if self._batch:
             self._gathered[:0] = redo

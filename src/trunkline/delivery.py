@@ -228,6 +228,8 @@ class Deliverer:
             except Exception as error:  # noqa: BLE001 - the policy decides about every failure
                 await self._undo(unit)
                 delivery.attempt += 1
+                if self._hooks.raised is not None and delivery.message is not None:
+                    self._hooks.raised(delivery.message.id, error)
                 outcome = route.retry.verdict(error, delivery.attempt, self._clock.random())
                 if isinstance(outcome, RetryNow):
                     self._emit("retried", delivery, outcome.reason)
@@ -265,9 +267,13 @@ class Deliverer:
             # The handler cancelled itself or was cancelled by a library: a failure like any other.
             task.uncancel()
             raise RuntimeError("the handler was cancelled") from None
-        except BaseException:
+        except (Exception, DuplicateSignal, KeyboardInterrupt, GeneratorExit):
             route.deadlines.leave(task)
             raise
+        except BaseException as error:
+            route.deadlines.leave(task)
+            # sys.exit() and the like: the way out of this message, not of the process with all the others.
+            raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
         if route.deadlines.leave(task):
             task.uncancel()  # it ended in the same moment as its time
         return value

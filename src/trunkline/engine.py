@@ -30,6 +30,7 @@ from trunkline.errors import (
 )
 from trunkline.membership import Membership
 from trunkline.store import DuplicateSignal, Unit
+from trunkline.tasks import spawn
 from trunkline.transport import unopened
 
 log = logging.getLogger("trunkline.engine")
@@ -41,6 +42,8 @@ GROUP_S = 0.004
 """Longest time that one group keeps the write lock before it commits."""
 LOCK_WAIT_S = 30.0
 """Longest wait for the write lock that another process holds."""
+OPEN_WAIT_S = 10.0
+"""Longest wait for it when the file is opened."""
 POLL_MIN_S, POLL_MAX_S = 0.001, 0.02
 """How often changes by other processes are looked for, when busy and when idle."""
 SLOW_TRANSACTION_S = 0.25
@@ -84,14 +87,16 @@ class Party:
 
     Attributes:
         stages: in the order in which they write.
+        strangers: stages of other Apps of this process, which have to look for themselves at what these write.
         pending: submitted for the next group.
         applied: written in the open group.
     """
 
-    __slots__ = ("applied", "pending", "stages")
+    __slots__ = ("applied", "pending", "stages", "strangers")
 
     def __init__(self, stages: tuple[Stage, ...]) -> None:
         self.stages = stages
+        self.strangers: tuple[Stage, ...] = ()
         self.pending: list[Unit] = []
         self.applied: list[Unit] = []
 
@@ -129,9 +134,8 @@ class Engine:
         self.labels: set[str] = set()
         self.places_for: Stage | None = None
         self.failure: TransportError | None = None
-        self.on_failure: list[Callable[[TransportError], None]] = []
+        self.on_failure: list[Callable[[BaseException], None]] = []
         self._parties: list[Party] = []
-        self._beside: dict[Stage, set[Stage]] = {}
         self._pending = 0
         self._jobs: list[_Job] = []
         self._waiters: deque[asyncio.Future[None]] = deque()
@@ -165,14 +169,16 @@ class Engine:
             raise ConfigurationError("E203", f"{self.path} is not a SQLite database", "name another file") from error
         except (apsw.CantOpenError, apsw.IOError, apsw.ReadOnlyError, apsw.FullError) as error:
             raise unopened(self.path, error) from error
+        except apsw.BusyError as error:
+            raise _locked(self.path, OPEN_WAIT_S) from error
         self._membership = Membership(self)
         self._thread = WorkerThread(f"trunkline-{Path(self.path).name}")
         self.process = await self._membership.register()
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._membership.keep())]
+        self._tasks = [spawn(self._watch(), self.failed), spawn(self._membership.keep(), self.failed)]
 
     def _prepare(self) -> None:
         writer = self._writer
-        writer.set_busy_timeout(10_000)
+        writer.set_busy_timeout(int(OPEN_WAIT_S * 1000))
         layout.check(writer, self.path)  # before anything is changed: the file may be another program's
         mode = query(writer, "PRAGMA journal_mode=WAL")[0][0]
         if mode != "wal":
@@ -206,15 +212,20 @@ class Engine:
         """Return a Party of stages that were added; units are submitted to it."""
         party = Party(stages)
         self._parties.append(party)
-        for stage in stages:
-            self._beside.setdefault(stage, set()).update(stages)
+        self._find_strangers()
         return party
 
     def remove_stage(self, stage: Stage) -> None:
         """Forget a stage and its parties."""
         self.stages.remove(stage)
-        self._beside.pop(stage, None)
         self._parties = [party for party in self._parties if stage not in party.stages]
+        self._find_strangers()
+
+    def _find_strangers(self) -> None:
+        for party in self._parties:
+            parties = [other for other in self._parties if not set(party.stages).isdisjoint(other.stages)]
+            known = {stage for other in parties for stage in other.stages}
+            party.strangers = tuple(stage for stage in self.stages if stage not in known)
 
     async def close(self) -> None:
         """Commit what was submitted, sign off and close the file."""
@@ -565,34 +576,30 @@ class Engine:
 
     def _hand_over(self) -> None:
         """Tell the stages of each unit and who waits for it; other Apps of this process look for themselves."""
-        took_part: set[Stage] = set()
-        for party in list(self._parties):
-            units, party.applied = party.applied, []
+        strangers: tuple[Stage, ...] = ()
+        for party in self._parties:
+            units = party.applied
             if units:
-                took_part.update(party.stages)
+                party.applied = []
+                strangers += party.strangers
                 for stage in party.stages:
                     stage.committed(units)
                 for unit in units:
                     unit.done(unit, None)
-        for stage, known in self._beside.items():
-            if not took_part <= known:  # another App of this process has written
-                stage.foreign_change()
+        for stage in dict.fromkeys(strangers):
+            stage.foreign_change()
 
     # --- failure ---
 
     def _fail_group(self, error: BaseException) -> None:
         """Undo the group and tell everyone in it; fatal if the disk did not keep its word."""
         failure = _translate(error, self.path)
-        if not self._writer.in_transaction:
-            self._phase = "idle"
-        else:
+        if self._writer.in_transaction:
             try:
                 self._writer.execute("ROLLBACK")
-            except apsw.Error as rollback_error:
-                failure = FatalStoreError(
-                    "E503", f"{self.path} cannot roll back: {rollback_error}", "stop and check the disk"
-                )
-            self._phase = "idle"
+            except apsw.Error as again:
+                failure = FatalStoreError("E503", f"{self.path} cannot roll back: {again}", "stop and check the disk")
+        self._phase = "idle"
         if isinstance(failure, FatalStoreError):
             self._fail(failure)
             return
@@ -623,8 +630,12 @@ class Engine:
             if not waiter.done():
                 waiter.set_exception(failure)
         self._waiters.clear()
+        self.failed(failure)
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the Apps that there is no going on."""
         for callback in self.on_failure:
-            callback(failure)
+            callback(error)
 
     # --- other processes ---
 
@@ -666,14 +677,15 @@ def _translate(error: BaseException, path: str) -> TransportError:
     if isinstance(error, apsw.FullError):
         return StoreFullError("E502", f"no room left for {path}", "free disk space; nothing of this was stored")
     if isinstance(error, apsw.IOError | apsw.CorruptError | apsw.NotADBError):
-        return FatalStoreError(
-            "E503",
-            f"the disk failed under {path}: {error}",
-            "what was confirmed is kept; stop, check the disk, restart",
-        )
+        hint = "what was confirmed is kept; stop, check the disk, restart"
+        return FatalStoreError("E503", f"the disk failed under {path}: {error}", hint)
     if isinstance(error, apsw.BusyError):
-        return TransportError("E504", f"{path} was locked by another process for over {LOCK_WAIT_S:.0f} s", "find it")
+        return _locked(path, LOCK_WAIT_S)
     return TransportError("E506", f"{path} refused a statement: {error}")
+
+
+def _locked(path: str, seconds: float) -> TransportError:
+    return TransportError("E504", f"{path} was locked by another process for over {seconds:g} s", "find it")
 
 
 def query(connection: apsw.Connection, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:

@@ -14,6 +14,7 @@ TrunklineError
 │   ├── TransactionError       a statement that the handler's transaction cannot take
 │   └── LeaseLostError         another process took over; the commit was refused
 ├── DeadLetterError      E6xx  a dead letter cannot be found or treated
+├── SimulationError      E7xx  a simulated process did what cannot be simulated, or a run cannot be judged
 └── HandlerSignal              raised by a handler to choose the outcome itself
     ├── RejectError            set aside now, no retry
     ├── RetryLaterError        try again after a wait
@@ -123,6 +124,10 @@ class LeaseLostError(TransportError):
 
 class DeadLetterError(TrunklineError):
     """A dead letter does not exist or cannot be treated as asked."""
+
+
+class SimulationError(TrunklineError):
+    """A simulated process left the simulation, or a run cannot be judged."""
 
 
 class HandlerSignal(Exception):  # noqa: N818 - a signal from the handler, not a failure of ours

@@ -24,7 +24,7 @@ from trunkline.errors import DefinitionError, PublishError, TransactionError, Un
 from trunkline.message import Message, checked
 from trunkline.policies.retry import Retry
 from trunkline.store import Store, Transaction, Unit
-from trunkline.transport import Delivery, Staged
+from trunkline.transport import Delivery, Staged, Start
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -57,7 +57,7 @@ class Options(msgspec.Struct, frozen=True):
         batch: sizes for a `list[T]` handler.
         after_dead_letter: `hold` keeps the later messages of a dead letter's key waiting; `continue` does not.
         parked_limit: most parked messages of the subscription; when reached it pauses.
-        start: where a new reader of a Stream begins: `earliest` or `latest`.
+        start: where a new reader of a Stream begins: `earliest`, `latest` or a moment, an aware datetime.
     """
 
     subscription: str | None = None
@@ -69,7 +69,7 @@ class Options(msgspec.Struct, frozen=True):
     batch: Batch = Batch()
     after_dead_letter: typing.Literal["hold", "continue"] = "hold"
     parked_limit: int = 100_000
-    start: typing.Literal["earliest", "latest"] = "earliest"
+    start: Start = "earliest"
 
 
 class Handler:

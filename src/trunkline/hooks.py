@@ -43,10 +43,16 @@ Observer = Callable[[Fact], None]
 
 
 class Hooks:
-    """Observers of one App."""
+    """Observers of one App.
+
+    Attributes:
+        raised: called with the message's id and what its handler raised, before the fact that says what becomes of it;
+            for the simulator, whose stories say where.
+    """
 
     def __init__(self) -> None:
         self._observers: list[Observer] = [log_fact]
+        self.raised: Callable[[str, Exception], None] | None = None
 
     def add(self, observer: Observer) -> None:
         """Call `observer` with each fact from now on."""
@@ -70,7 +76,7 @@ def log_fact(fact: Fact) -> None:
     level = logging.WARNING if fact.kind in {"buried", "paused", "slow"} else logging.INFO
     log.log(
         level,
-        "%s %s %s on %s/%s attempt %d: %s",
+        "%s %s %s on %s@%s attempt %d: %s",
         WORDS.get(fact.kind, fact.kind), fact.message_type, fact.message_id, fact.subscription, fact.channel,
         fact.attempt, fact.reason,
     )  # fmt: skip

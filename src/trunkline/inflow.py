@@ -1,7 +1,8 @@
 """What a broker has brought for one subscription and its consumer has not yet asked for.
 
 Invariant: `receive` gives deliveries in the order they were put, and nothing at once after the assignment changed.
-Bounded: who fills it waits for room, until messages were taken or forgotten. Never does: talk to a broker.
+Bounded: who fills it waits for room, until messages were taken or forgotten. A task without which nothing comes does
+not end unseen. Never does: talk to a broker.
 Read next: partitions.py.
 """
 
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any
 
+from trunkline.tasks import spawn
 from trunkline.transport import Delivery, Subscription
 
 ROOM = 2000
@@ -33,6 +36,7 @@ class Inflow:
         self._draining = False
         self._reader: asyncio.Future[None] | None = None
         self._writers: list[asyncio.Future[None]] = []
+        self._failure: BaseException | None = None
 
     def __len__(self) -> int:
         return len(self._buffer)
@@ -51,8 +55,13 @@ class Inflow:
             await waiter
 
     async def receive(self, limit: int) -> list[Delivery]:
-        """Return 1 to `limit` deliveries, or none at once after the assignment changed; see Transport."""
+        """Return 1 to `limit` deliveries, or none at once after the assignment changed; see Transport.
+
+        Raises: what `fail` was told, such as what ended a task of `spawn`.
+        """
         while True:
+            if self._failure is not None:
+                raise self._failure
             if self._told != self.assignment:
                 self._told = self.assignment
                 if not self._buffer:
@@ -101,6 +110,15 @@ class Inflow:
         """
         self._draining = True
         return self.forget()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a task without which nothing comes: an error that ends it ends `receive`, and with it the App."""
+        return spawn(coroutine, self.fail)
+
+    def fail(self, error: BaseException) -> None:
+        """Have `receive` raise `error`: nothing comes any more."""
+        self._failure = error
+        self._wake()
 
     def _wake(self) -> None:
         reader, self._reader = self._reader, None

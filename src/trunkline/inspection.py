@@ -6,17 +6,16 @@ where none ever ran. Never does: carry messages (transport.py). Read next: cli/d
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from importlib.metadata import entry_points
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Literal, Protocol, cast
 
 import msgspec
 
 from trunkline.channel import Channel
-from trunkline.clock import Clock
+from trunkline.clock import Clock, offload
 from trunkline.message import Message
 from trunkline.store import DeadLetterRow, ParkedRow, SetAside
-from trunkline.transport import Subscription, load_adapter, parse_address
+from trunkline.transport import Subscription, adapters, load_adapter, parse_address
 
 Verdict = Literal["kept", "weak", "broken", "unknown"]
 """`kept`: the promise holds. `weak`: a rare failure breaks it. `broken`: an ordinary one does, or nothing works so.
@@ -154,9 +153,34 @@ def load_inspector(url: str, clock: Clock) -> Inspector | None:
 
     Raises: ConfigurationError E201 or E240 to E242.
     """
-    if not entry_points(group=GROUP, name=parse_address(url).scheme):
+    if parse_address(url).scheme not in adapters(GROUP):
         return None
     return cast("Inspector", load_adapter(GROUP, url, clock))
 
 
+async def left_over(store_url: str, clock: Clock) -> str:
+    """Return what waits in the database of a store that once was the transport too, in a sentence; empty if nothing.
+
+    For an App whose transport is another one: nobody reads it there.
+    Raises: TransportError or ConfigurationError if it cannot be looked into.
+    """
+    address = parse_address(store_url)
+
+    def looker() -> Callable[[], Awaitable[dict[str, int]]] | None:
+        there = address.scheme in adapters("trunkline.transports")
+        return getattr(load_adapter("trunkline.transports", store_url, clock), "left_over", None) if there else None
+
+    look = await offload(looker)  # entry points are looked for on the disk
+    found = {} if look is None else await look()
+    if not found:
+        return ""
+    first = ", ".join(f"{label} {waiting}" for label, waiting in list(found.items())[:SHOWN])
+    more = f", {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    count = sum(found.values())
+    return f"{address.shown} still holds {count} message{'s' * (count > 1)} of its own transport: {first}{more}"
+
+
+SHOWN = 5
+"""Subscriptions that are named one by one."""
+RUN_ON_IT = "run the system with that as --transport until its backlog is 0"
 GROUP = "trunkline.inspectors"

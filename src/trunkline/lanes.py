@@ -96,6 +96,7 @@ class Lanes:
         self._awake = 0
         self._suspended = 0
         self._paused = False
+        self._stopping = False
         self._waiting: list[asyncio.Future[None]] = []
         self.failure: Callable[[BaseException], None] | None = None
 
@@ -167,6 +168,7 @@ class Lanes:
 
     async def stop(self) -> None:
         """Cancel what runs and forget what waits."""
+        self._stopping = True
         self._ready.clear()
         for worker in self._workers:
             worker.cancel()
@@ -179,17 +181,26 @@ class Lanes:
         """See that somebody has the floor while something is ready."""
         if self._awake or self._paused or not self._ready:
             return
-        if self._resting:
-            self._awake += 1
-            self._resting.pop().set_result(None)
-        elif len(self._workers) < self._concurrency:
+        while self._resting:
+            rest = self._resting.pop()
+            if not rest.done():  # else its worker was cancelled
+                self._awake += 1
+                rest.set_result(None)
+                return
+        if len(self._workers) < self._concurrency:
             self._awake += 1
             worker = asyncio.get_running_loop().create_task(self._work())
             self._workers.append(worker)
             worker.add_done_callback(self._ended)
 
     def _ended(self, worker: asyncio.Task[None]) -> None:
-        if not worker.cancelled() and (error := worker.exception()) is not None and self.failure is not None:
+        """Go on without a worker: a handler may have had its task cancelled later than it ended itself."""
+        if self._stopping:
+            return
+        self._workers.remove(worker)
+        if worker.cancelled():
+            self._wake_one()
+        elif (error := worker.exception()) is not None and self.failure is not None:
             self.failure(error)
 
     async def _work(self) -> None:
@@ -208,7 +219,12 @@ class Lanes:
                 self._tell_rested()
             rest = asyncio.get_running_loop().create_future()
             self._resting.append(rest)
-            await rest
+            try:
+                await rest
+            except asyncio.CancelledError:
+                if not rest.cancelled():
+                    self._awake -= 1  # it had just been given the floor
+                raise
 
     async def _stay_with(self, rest_of_it: Coroutine[Any, Any, None], key: str | None) -> None:
         """Finish a delivery that has to wait, while others have the floor."""

@@ -16,6 +16,8 @@ from trunkline.transport import Address
 
 log = logging.getLogger("trunkline.link")
 
+LEAST_LEASE_S = 0.5
+"""No shorter lease is taken."""
 TIMEOUT_S = 30.0
 """How long a start or a publish waits for the broker; `?timeout_s=` in the URL says otherwise."""
 ATTEMPT_S = 60.0
@@ -39,6 +41,7 @@ class Link:
         self._connect = connect
         self._up = asyncio.Event()
         self._reason = "not connected yet"
+        self._lost_at: float | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._stopped = False
 
@@ -77,6 +80,7 @@ class Link:
             return
         self._up.clear()
         self._reason = str(error) if error is not None else "closed by the broker"
+        self._lost_at = self._clock.monotonic()
         log.warning("%s: connection lost: %s", self._shown, self._reason)
         self._reconnecting = asyncio.get_running_loop().create_task(self._until_connected(final=()))
 
@@ -87,11 +91,19 @@ class Link:
                 await self._attempt()
             except final:
                 raise
-            except TrunklineError as error:
-                self._reason = str(error)
-                log.warning("%s: no connection, again in %.1f s: %s", self._shown, wait_s, error)
+            except Exception as error:
+                expected = isinstance(error, TrunklineError)
+                if final and not expected:
+                    raise
+                self._reason = str(error) or type(error).__name__
+                trace = None if expected else error  # a bug; to give up would leave the process without a broker
+                log.warning("%s: no connection, again in %.1f s: %s", self._shown, wait_s, error, exc_info=trace)
             else:
                 self._up.set()
+                if self._lost_at is not None:
+                    log.warning(
+                        "%s: connected again after %.0f s", self._shown, self._clock.monotonic() - self._lost_at
+                    )
                 return
             await self._clock.sleep(wait_s * (0.5 + self._clock.random()))
             wait_s = min(wait_s * 2, LONGEST_WAIT_S)
@@ -137,8 +149,8 @@ class Options:
         self._known.append(name)
         return self._left.pop(name, default)
 
-    def seconds(self, name: str, default: float) -> float:
-        """Return an option that is a number of seconds above 0.
+    def seconds(self, name: str, default: float, least: float = 0.0) -> float:
+        """Return an option that is a number of seconds above 0, and no less than `least`.
 
         Raises: ConfigurationError E241.
         """
@@ -149,11 +161,19 @@ class Options:
             seconds = float(text)
         except ValueError:
             seconds = 0.0
-        if not 0 < seconds < 86_400 * 365:
-            raise self._wrong(name, text, "a number of seconds above 0, such as 30")
+        if not (0 < seconds < 86_400 * 365 and seconds >= least):
+            what = f"of {least:g} or more" if least else "above 0"
+            raise self._wrong(name, text, f"a number of seconds {what}, such as 30")
         return seconds
 
-    def number(self, name: str, default: int, least: int = 1) -> int:
+    def lease(self, default: float) -> float:
+        """Return `lease_s`: with one that a round trip can outlast, every process loses everything all the time.
+
+        Raises: ConfigurationError E241.
+        """
+        return self.seconds("lease_s", default, LEAST_LEASE_S)
+
+    def number(self, name: str, default: int, least: int = 1, most: int = 2**31 - 1) -> int:
         """Return an option that is a whole number.
 
         Raises: ConfigurationError E241.
@@ -161,8 +181,9 @@ class Options:
         text = self.text(name)
         if text is None:
             return default
-        if not (text.isascii() and text.isdigit() and least <= int(text) < 2**31):
-            raise self._wrong(name, text, f"a whole number from {least}")
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            to = f" to {most}" if most < 2**31 - 1 else ""
+            raise self._wrong(name, text, f"a whole number from {least}{to}")
         return int(text)
 
     def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:

@@ -18,7 +18,7 @@ class _Parked(msgspec.Struct):
     number: int
     delivery: Delivery
     due: float
-    taken: bool = False
+    taken: object = None
 
 
 class ParkedMessages:
@@ -33,8 +33,8 @@ class ParkedMessages:
         self._rows: dict[str, dict[int, _Parked]] = {}
 
     def add_subscription(self, subscription: Subscription) -> None:
-        """Begin with an empty list."""
-        self._rows[subscription.label] = {}
+        """Begin with an empty list, unless there is one."""
+        self._rows.setdefault(subscription.label, {})
 
     def park(self, delivery: Delivery, due: float) -> None:
         """Keep a copy of `delivery` until `due`."""
@@ -48,6 +48,13 @@ class ParkedMessages:
     def remove(self, delivery: Delivery) -> None:
         """Forget a parked delivery that has come to its end."""
         self._rows[delivery.subscription.label].pop(delivery.row, None)
+
+    def give_back(self, taker: object) -> None:
+        """Let what was handed to `taker` run again: it is gone."""
+        for rows in self._rows.values():
+            for item in rows.values():
+                if item.taken is taker:
+                    item.taken = None
 
     def of(self, label: str) -> Iterator[Delivery]:
         """Return the parked deliveries of one subscription."""
@@ -65,27 +72,28 @@ class ParkedMessages:
                 del rows[number]
 
     def due(
-        self, label: str, now: float, limit: int, blocked: Callable[[str], bool]
+        self, label: str, now: float, limit: int, blocked: Callable[[Delivery], bool], taker: object = ""
     ) -> tuple[list[Delivery], float | None]:
         """Return what may run now and when the next is due.
 
         Args:
-            blocked: whether a key is held or being run.
+            blocked: whether the key of a delivery is held, being run, or another process's.
+            taker: to whom they are handed; see `give_back`.
         """
         heads: dict[Any, _Parked] = {}
         for item in self._rows[label].values():
             delivery = item.delivery
             if delivery.partition < 0 or delivery.key is None:
-                if not item.taken:
+                if item.taken is None:
                     heads[item.number] = item
                 continue
-            if blocked(delivery.key):
+            if blocked(delivery):
                 continue
             first = heads.get(delivery.key)
             if first is None or (delivery.position, item.number) < (first.delivery.position, first.number):
                 heads[delivery.key] = item
         ready = sorted((item for item in heads.values() if item.due <= now), key=lambda item: item.due)[:limit]
         for item in ready:
-            item.taken = True
+            item.taken = taker
         waiting = [item.due for item in heads.values() if item not in ready]
         return [item.delivery for item in ready], min(waiting, default=None)

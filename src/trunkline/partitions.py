@@ -197,8 +197,11 @@ class Ownership:
 
     async def lose(self, partitions: Collection[int]) -> None:
         """Stop reading partitions that are another process's now."""
-        for partition in sorted(partitions):
-            log.warning("%s lost partition %d: another process may read it now", self._label, partition)
+        lost = sorted(partitions)
+        if lost:
+            numbers = ", ".join(map(str, lost))
+            log.warning("%s lost partitions %s: another process may read them now", self._label, numbers)
+        for partition in lost:
             self.held.discard(partition)
             await self._closed(partition, False)  # noqa: FBT003
 

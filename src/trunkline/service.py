@@ -7,14 +7,17 @@ Never does: I/O (app.py). Read next: app.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import msgspec
 
-from trunkline.channel import Channel, MessageType, Queue, check_name, message_type
+from trunkline.channel import Channel, MessageType, Queue, Stream, check_name, message_type
+from trunkline.clock import system_clock
 from trunkline.errors import DefinitionError
 from trunkline.handler import Batch, Handler, Options, declaration
 from trunkline.policies.retry import Retry
+from trunkline.transport import Start
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -74,7 +77,7 @@ class Service:
         batch: Batch = ...,
         after_dead_letter: Literal["hold", "continue"] = ...,
         parked_limit: int = ...,
-        start: Literal["earliest", "latest"] = ...,
+        start: Start = ...,
     ) -> Callable[[F], F]: ...
     def handle(self, function: Any = None, /, **options: Any) -> Any:
         """Declare a handler: its first parameter's type is its subscription, its return type its publications.
@@ -94,6 +97,12 @@ class Service:
     def _register(self, handler: Handler) -> None:
         if handler.options.subscription is not None:
             check_name("subscription", handler.options.subscription)
+        if handler.options.start != "earliest" and not isinstance(handler.channel, Stream):
+            raise DefinitionError(
+                "E120",
+                f"handle(start={_shown(handler.options.start)}) on {handler.channel.kind} {handler.channel.name!r}",
+                "only a Stream keeps what was handled; leave it out",
+            )
         for other in self.handlers:
             if self.reader_of(other) != self.reader_of(handler):
                 continue
@@ -290,13 +299,37 @@ def _options(given: dict[str, Any]) -> Options:
             raise DefinitionError("E120", f"handle({name}={value!r})", "it must be more than 0")
     if options.batch.wait_s < 0:
         raise DefinitionError("E120", f"batch.wait_s is {options.batch.wait_s}", "it must be 0 or more")
-    for name, chosen, allowed in (
-        ("after_dead_letter", str(options.after_dead_letter), ("hold", "continue")),
-        ("start", str(options.start), ("earliest", "latest")),
-    ):
-        if chosen not in allowed:
-            raise DefinitionError("E120", f"handle({name}={chosen!r})", f"one of {', '.join(allowed)}")
+    if options.after_dead_letter not in ("hold", "continue"):
+        raise DefinitionError(
+            "E120", f"handle(after_dead_letter={options.after_dead_letter!r})", "one of hold, continue"
+        )
+    _check_start(options.start)
     return options
+
+
+def _check_start(start: Start) -> None:
+    if isinstance(start, datetime):
+        if start.utcoffset() is None:
+            raise DefinitionError(
+                "E120",
+                f"handle(start={_shown(start)}) has no time zone",
+                "name it, such as datetime(2026, 11, 1, tzinfo=UTC)",
+            )
+        # Not at start, by the App's clock: a simulated one is years behind.
+        if start.timestamp() > system_clock.now():
+            raise DefinitionError(
+                "E120",
+                f"handle(start={_shown(start)}) is still to come",
+                "a time that is over, or one of earliest, latest",
+            )
+    elif start not in ("earliest", "latest"):
+        raise DefinitionError(
+            "E120", f"handle(start={start!r})", "one of earliest, latest, or a datetime with a time zone"
+        )
+
+
+def _shown(start: Start) -> str:
+    return start.isoformat() if isinstance(start, datetime) else repr(start)
 
 
 def _check_upcasters(declared: MessageType | None) -> None:

@@ -61,11 +61,20 @@ class Unit(msgspec.Struct, eq=False, gc=False):
 
     def stage(self, staged: Staged) -> None:
         """Add a message that leaves with this unit."""
-        self.staged = (*self.staged, staged)
+        if type(self.staged) is list:
+            self.staged.append(staged)
+        else:
+            self.staged = [*self.staged, staged]
 
 
-def resolve(future: asyncio.Future[None], _unit: Unit, error: BaseException | None) -> None:
+def _told(_unit: Unit, _error: BaseException | None) -> None:
+    """Stand in place of a Unit's `done` once that was called."""
+
+
+def resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | None) -> None:
     """End `future` as a unit ended; bound to its future, this is a Unit's `done`."""
+    # The error keeps the frames that it came through, and those the unit, into which no garbage collection looks.
+    unit.done = _told
     if future.done():
         return  # whoever waited was cancelled
     if error is None:

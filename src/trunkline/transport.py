@@ -6,13 +6,15 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
 from collections.abc import Awaitable, Iterable, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
@@ -22,7 +24,13 @@ from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.message import Message
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 LIVE = 0
+
+Start = Literal["earliest", "latest"] | datetime
+"""Where a new reader of a Stream begins: at its first message, with what is published from now on, or at a moment."""
 
 
 class Subscription:
@@ -31,16 +39,19 @@ class Subscription:
     Attributes:
         name: of the reader, by default the service's name.
         channel: what it reads.
-        start: where a new reader of a Stream begins: `earliest` or `latest`.
+        start: where a new reader of a Stream begins.
+        since_s: seconds since the epoch of a `start` that is a moment, rounded down, for not every broker knows more;
+            else None. It begins in each partition with the first message that was stored then or later.
         label: `name@channel`, unique in a store.
     """
 
-    __slots__ = ("channel", "label", "name", "start")
+    __slots__ = ("channel", "label", "name", "since_s", "start")
 
-    def __init__(self, name: str, channel: Channel, start: str = "earliest") -> None:
+    def __init__(self, name: str, channel: Channel, start: Start = "earliest") -> None:
         self.name = name
         self.channel = channel
         self.start = start
+        self.since_s = max(1, int(start.timestamp())) if isinstance(start, datetime) else None
         self.label = f"{name}@{channel.name}"
 
     def __repr__(self) -> str:
@@ -167,6 +178,40 @@ class Transport(Protocol):
         """Give back what was not settled and disconnect."""
 
 
+class Credentials(msgspec.Struct, frozen=True):
+    """User and password of a URL: read anew each time, for what a variable holds may have changed.
+
+    Attributes:
+        written: user and password as the URL has them, each None where there is none.
+        shown: the URL without them.
+    """
+
+    written: tuple[str | None, str | None] = (None, None)
+    shown: str = ""
+
+    @property
+    def user(self) -> str | None:
+        """Return who signs in, or None.
+
+        Raises: ConfigurationError E249 for a variable that is not set any more.
+        """
+        return self._read(self.written[0])
+
+    @property
+    def password(self) -> str | None:
+        """Return the password of `user`, or None.
+
+        Raises: as `user`.
+        """
+        return self._read(self.written[1])
+
+    def _read(self, text: str | None) -> str | None:
+        if text is None:
+            return None
+        # What a variable holds is taken as it is, other text decoded.
+        return _expand(text, self.shown) if _VARIABLE.search(text) else unquote(text)
+
+
 class Address(msgspec.Struct, frozen=True):
     """A transport or store URL taken apart.
 
@@ -176,7 +221,7 @@ class Address(msgspec.Struct, frozen=True):
         options: the query, each name once.
         shown: the URL without secrets, for logs and errors.
         hosts: (name or address, port or None) of each host; of a broker there may be several.
-        user: who signs in, or None. password: of that user, or None.
+        credentials: who signs in.
     """
 
     scheme: str
@@ -184,8 +229,17 @@ class Address(msgspec.Struct, frozen=True):
     options: dict[str, str]
     shown: str
     hosts: tuple[tuple[str, int | None], ...] = ()
-    user: str | None = None
-    password: str | None = None
+    credentials: Credentials = Credentials()
+
+    @property
+    def user(self) -> str | None:
+        """Return who signs in, or None; see Credentials."""
+        return self.credentials.user
+
+    @property
+    def password(self) -> str | None:
+        """Return the password of `user`, or None; see Credentials."""
+        return self.credentials.password
 
 
 def parse_address(url: str) -> Address:
@@ -217,15 +271,16 @@ def _broker_address(parts: SplitResult) -> Address:
     user, colon, password = credentials.partition(":")
     shown = f"{parts.scheme}:{'//' if parts.netloc else ''}{places}{parts.path}"
     hosts = tuple(_host(place, shown) for place in _expand(places, shown).split(",") if place)
-    options = parse_qsl(parts.query, keep_blank_values=True)
+    options = parse_qsl(parts.query, keep_blank_values=True) if parts.query else []
+    for text in (user, password):
+        _expand(text, shown)
     return Address(
         parts.scheme,
         unquote(_expand(parts.path, shown)),
         {name: _expand(value, shown) for name, value in options},
         shown,
         hosts,
-        _variable_or_text(user, shown) if user else None,
-        _variable_or_text(password, shown) if colon else None,
+        Credentials((user or None, password if colon else None), shown),
     )
 
 
@@ -241,12 +296,7 @@ def _expand(text: str, shown: str) -> str:
             )
         return os.environ[name]
 
-    return _VARIABLE.sub(value, text)
-
-
-def _variable_or_text(text: str, shown: str) -> str:
-    """Return what a variable holds as it is, other text decoded."""
-    return _expand(text, shown) if _VARIABLE.search(text) else unquote(text)
+    return _VARIABLE.sub(value, text) if "$" in text else text
 
 
 def _host(place: str, shown: str) -> tuple[str, int | None]:
@@ -317,7 +367,7 @@ def load_adapter(group: str, url: str, clock: Clock) -> Any:
     address = parse_address(url)
     point = find_adapter(group, address)
     try:
-        adapter = point.load()
+        adapter = _named_by(point)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "trunkline" or not point.extras:
             raise
@@ -329,23 +379,56 @@ def load_adapter(group: str, url: str, clock: Clock) -> Any:
     return adapter(address, clock)
 
 
+@cache
+def _named_by(point: EntryPoint) -> Any:
+    """Return what an entry point names."""
+    return point.load()
+
+
+_ALSO_CALLED = {
+    "postgres": "postgresql", "psql": "postgresql", "pg": "postgresql", "rabbitmq": "amqp", "rabbit": "amqp",
+    "rabbitmqs": "amqps", "kafkas": "kafka+ssl", "kafka+tls": "kafka+ssl", "nats+tls": "tls", "redis+tls": "rediss",
+    "file": "sqlite",
+}  # fmt: skip
+"""What people write for a scheme that is installed under another name."""
+
+
+def _meant(scheme: str, installed: Iterable[str]) -> str:
+    """Return a question that ends in a space, or nothing where no name is near."""
+    installed = list(installed)
+    base = scheme.partition("+")[0]
+    named = _ALSO_CALLED.get(scheme) or _ALSO_CALLED.get(base, base)
+    near = [named] if named in installed else difflib.get_close_matches(scheme, installed, 1)
+    slashes = "" if near and near[0] in ("memory", "none", "sqlite") else "//"
+    return f"did you mean {near[0]}:{slashes}? " if near else ""
+
+
+@cache
+def adapters(group: str) -> dict[str, EntryPoint]:
+    """Return what is installed in a group of entry points, by scheme."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=group)}
+
+
 def find_adapter(group: str, address: Address) -> EntryPoint:
     """Return where the transport or store of an address is.
 
     Raises: ConfigurationError E202 if nothing that is installed brings it.
     """
-    found = {point.name: point for point in entry_points(group=group)}
+    found = adapters(group)
     if address.scheme not in found:
-        if group == "trunkline.stores" and entry_points(group="trunkline.transports", name=address.scheme):
+        if group == "trunkline.stores" and address.scheme in adapters("trunkline.transports"):
             raise ConfigurationError(
                 "E243",
                 f"{address.shown} carries messages, but keeps no state of a service",
                 "name a store too: sqlite:///shop.db for processes of one machine, postgresql://… for more, or none:",
             )
+        shown = sorted(found.keys() - {"sim"})  # which nobody can name outside of a simulation
         raise ConfigurationError(
             "E202",
             f"no {group.rpartition('.')[2].removesuffix('s')} for {address.scheme!r}",
-            f"installed are: {', '.join(sorted(found))}; another comes with a package that has an entry point"
-            f" in the group {group}",
+            f"{_meant(address.scheme, shown)}installed are: {', '.join(shown)}; another comes with a package"
+            f" that has an entry point in the group {group}",
         )
     return found[address.scheme]

@@ -145,7 +145,8 @@ class Plain(msgspec.Struct, frozen=True):
     Attributes:
         type: the CloudEvents type they are taken for.
         source: who is taken for their producer.
-        id: identifies this one; the same for every redelivery of it.
+        id: identifies this one; the same for every redelivery of it. Its place is not enough: on another server, or
+            when the channel was made anew, places begin again, and the inbox would take new messages for old ones.
         time: seconds since the epoch when the broker got it.
         key: what the broker says it is ordered by, or None.
     """

@@ -17,6 +17,7 @@ ON_SERVERS = {ROOT / "docs/how-to/postgresql.md"}
 """Pages that need a broker; a test of its transport runs them."""
 
 
+@pytest.mark.timeout(180)  # the page of the command line runs some fifty commands
 @pytest.mark.parametrize("page", sorted(set(PAGES) - ON_SERVERS), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_of_the_page_run(page, tmp_path):
     run_blocks(page, tmp_path, {})

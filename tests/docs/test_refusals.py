@@ -16,6 +16,7 @@ from trunkline import App, TrunklineError
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "errors.md"
 
 PREAMBLE = """
+from datetime import UTC, datetime
 from decimal import Decimal
 from trunkline import *
 
@@ -176,6 +177,17 @@ CASES = [
     ("E120", "a number that must be positive", "payment.handle(concurrency=0)(lambda order: None)"),
     ("E120", "a negative wait", "payment.handle(batch=Batch(wait_s=-1))(lambda order: None)"),
     ("E120", "a word that is not a choice", "payment.handle(start='first')(lambda order: None)"),
+    ("E120", "a time without a zone", "payment.handle(start=datetime(2026, 11, 1))(lambda order: None)"),
+    (
+        "E120",
+        "a time that is still to come",
+        "payment.handle(start=datetime(2999, 1, 1, tzinfo=UTC))(lambda order: None)",
+    ),
+    (
+        "E120",
+        "`start` on a Queue or Topic",
+        "@payment.handle(start=datetime(2025, 11, 1, tzinfo=UTC))\nasync def note(stock: StockLow) -> None: ...",
+    ),
     ("E201", "not a URL", "App(payment, 'shop.db')"),
     ("E202", "a transport or store that is not installed", "App(payment, 'pigeon://localhost')"),
     ("E203", "a file that is no database", "start(App(payment, 'sqlite:///notes.txt'))"),

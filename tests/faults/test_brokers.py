@@ -162,6 +162,12 @@ def test_other_settings_for_one_that_runs_are_refused(name):
         brokers.broker_url(name, "maxmemory=32mb")
 
 
+def test_stop_names_each_broker_that_it_stopped(name):
+    brokers.broker_url(name)
+    assert brokers.command("stop", name) == f"{name}\tstopped\n"
+    assert brokers.command("stop", name) == "nothing ran\n"
+
+
 def test_stop_leaves_a_stranger_alone_who_got_the_number_of_a_server_that_is_gone(name):
     brokers.broker_url(name)
     brokers.kill(name)

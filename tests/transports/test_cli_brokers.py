@@ -87,8 +87,26 @@ def test_looking_makes_nothing_where_nothing_ever_ran(project, broker):
     else:
         project.cli("backlog", "--store", "none:")
         assert all(row["waiting"] is None for row in project.json("backlog", "--store", "none:"))
+        assert "E233" in project.cli("tail", "orders", code=2).err
     report = project.json("doctor")
     assert all(finding["channel"] == "" for finding in report["findings"])
+
+
+def test_without_a_store_the_backlog_counts_the_queue_of_dead_letters(broker, tmp_path):
+    url = own_url(broker, f"n{os.getpid()}{broker}")
+    project = on_broker(tmp_path, url, store="none:")
+    shop = tmp_path / "shop.py"
+    shop.write_text(shop.read_text().replace("delays_s=()))", 'delays_s=()), after_dead_letter="continue")'))
+    with project.running(started="runs on"):
+        place(project, -1)
+        wait_until(lambda: rows(project).get("payment.dead-letters", {}).get("waiting") == 1, "a dead letter")
+    assert rows(project)["shipping.dead-letters"]["waiting"] == 0
+    refused = project.cli("dead", "list", code=2).err
+    assert '"trunkline backlog" counts them' in refused
+    if broker in LOOKS_INTO_QUEUES:
+        assert "order.placed" in project.cli("tail", "payment.dead-letters", "--no-follow").out
+    else:
+        assert '"trunkline backlog" counts it' in project.cli("tail", "payment.dead-letters", code=2).err
 
 
 @pytest.mark.xdist_group("redis")

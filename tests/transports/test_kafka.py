@@ -4,10 +4,10 @@ import asyncio
 import json
 import threading
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from tests.brokers import broker_url, kill, restart, resume
@@ -19,9 +19,12 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.inflow import ROOM
 from trunkline.message import Message
-from trunkline.transport import Staged, Subscription, load_adapter
+from trunkline.transport import Staged, Subscription, load_adapter, parse_address
+from trunkline.transports.kafka import cluster as administering
 from trunkline.transports.kafka import reader as reading
-from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES
+from trunkline.transports.kafka.cluster import Cluster
+from trunkline.transports.kafka.probe import mechanisms_asked_for
+from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, passes, read_settings
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(120)]
 
@@ -305,7 +308,9 @@ async def test_messages_of_other_programs_are_read(url, prefix, servers):
         await produce(servers, f"{prefix}.events", b"hello", key="k2", headers=binary)
         plain, event = (delivery.message for delivery in await take(transport, reader, 2))
     assert (plain.type, plain.data, plain.partitionkey) == ("order.seen", b'{"n": 1}', "k1")
-    assert plain.id == f"{prefix}.events/0/0"
+    # The moment too: on another cluster, or when the topic is made anew, the places begin again.
+    assert plain.id == f"{prefix}.events/0/0/{round(plain.time * 1000)}"
+    assert plain.time > 1_700_000_000
     assert (event.id, event.type, event.data, event.partitionkey) == ("7", "t", b"hello", "k2")
     assert event.datacontenttype == "text/plain"
 
@@ -343,6 +348,53 @@ async def test_a_message_for_a_topic_that_is_gone_is_refused(url, admin):
             await transport.send([staged(jobs, 2)])
 
 
+async def test_a_topic_that_was_deleted_is_made_again_and_read_on(url, admin, caplog):
+    stream = Stream("orders", partitions=1)
+    subscription = Subscription("s", stream)
+    async with started(url, subscription) as transport:
+        for number in range(20):
+            await transport.send([staged(stream, number)])
+        assert numbers(await take(transport, subscription, 20)) == list(range(20))
+        reader = transport._readers[subscription.label]
+        await until(lambda: _is_committed(transport, reader, 20))
+        await asyncio.to_thread(admin.delete_topics([reader.topic])[reader.topic].result)
+        await until(lambda: _said(caplog, f"topic {reader.topic} was deleted"))
+        await transport.send([staged(stream, number) for number in range(20, 25)])
+        assert numbers(await take(transport, subscription, 5)) == list(range(20, 25))
+        await until(lambda: _is_committed(transport, reader, 5))
+    async with started(url, subscription) as transport:
+        await transport.send([staged(stream, 25)])
+        assert numbers(await take(transport, subscription, 1)) == [25]
+
+
+async def _is_committed(transport, reader, offset):
+    return transport._cluster.committed(reader.group, reader.topic, 1).get(0) == offset
+
+
+async def _said(caplog, text):
+    return text in caplog.text
+
+
+async def test_a_publisher_makes_a_topic_again_that_was_deleted(url, admin):
+    jobs = Queue(f"gone-{system_clock.new_id()}")
+    async with started(url.replace("timeout_s=30", "timeout_s=5"), channels=[jobs]) as transport:
+        await transport.send([staged(jobs, 1)])
+        topic = transport._settings.topic(jobs.name)
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
+        await until(lambda: _is_gone(admin, topic))
+        async with asyncio.timeout(60):
+            while await _is_gone(admin, topic):
+                with suppress(PublishError, TransportError):
+                    await transport.send([staged(jobs, 2)])
+            while transport._restoring:
+                await asyncio.sleep(0.05)
+            await transport.send([staged(jobs, 3)])
+
+
+async def _is_gone(admin, topic):
+    return topic not in admin.list_topics(timeout=10).topics
+
+
 async def test_more_than_the_client_buffers_is_sent_all_the_same(url, monkeypatch):
     from trunkline.transports.kafka.settings import Settings
 
@@ -364,7 +416,7 @@ async def test_more_than_the_client_buffers_is_sent_all_the_same(url, monkeypatc
     ("query", "code"),
     [
         ("?colour=red", "E240"), ("?timeout_s=never", "E241"), ("?prefix=a b", "E241"), ("?sasl=PLAIN", "E241"),
-        ("?ca=ca.pem", "E241"), ("/path", "E206"),
+        ("?ca=ca.pem", "E241"), ("/path", "E206"), ("?prefix=", "E241"),
     ],
 )  # fmt: skip
 def test_a_url_that_is_wrong_is_refused(query, code):
@@ -404,6 +456,18 @@ async def test_a_wrong_password_is_told_without_it(sasl_url):
         async with started(wrong):
             pass
     assert "not-the-password" not in str(caught.value)
+
+
+async def test_a_port_that_asks_for_a_user_is_told(sasl_url):
+    plain = f"kafka://{sasl_url.partition('@')[2]}".replace("timeout_s=20", "timeout_s=4")
+    with pytest.raises(ConfigurationError, match=r"E244 .* asks for a user and password \(SCRAM-SHA-256\)"):
+        async with started(plain):
+            pass
+
+
+def test_a_port_without_sasl_asks_for_nobody(url):
+    settings = read_settings(parse_address(url))
+    assert mechanisms_asked_for(settings.client) == []
 
 
 async def test_user_and_password_of_the_url_sign_in(sasl_url):
@@ -567,6 +631,85 @@ async def test_a_producer_that_knows_no_broker_any_more_is_made_anew(url, caplog
         assert len(said) == 2
         assert "publishing: the client has lost every broker" in caplog.text
         assert sorted(numbers(await take(there, reader, 2))) == [1, 3]
+
+
+async def test_a_success_of_the_client_without_a_place_in_the_log_is_no_confirmation(url, prefix):
+    jobs = Queue("jobs")
+    async with before_the_broker(url) as (front, through), started(through, channels=[jobs]) as transport:
+        front.repeated = f"{prefix}.jobs".encode()
+        batch = [staged(jobs, 1)]
+        with pytest.raises(TransportError, match=r"E521.*no broker says where") as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch
+        front.repeated = None
+        await transport.send([staged(jobs, 3)])
+
+
+async def test_what_is_only_taken_for_written_because_a_later_one_was_is_no_confirmation(url, prefix):
+    events = Queue("events")
+    reader = Subscription("a", events)
+    async with started(url + "&queue_partitions=1", reader) as there, before_the_broker(url) as (front, through):
+        await there.send([staged(events, 0)])
+        async with started(through, channels=[events]) as transport:
+            front.unready = f"{prefix}.events".encode()
+            first = asyncio.ensure_future(transport.send([staged(events, 1)]))
+            while not front.holds:
+                await asyncio.sleep(0.01)
+            await transport.send([staged(events, 2)])
+            with pytest.raises(TransportError, match="E521"):
+                await first
+            await transport.send([staged(events, 3)])
+        assert numbers(await take(there, reader, 3)) == [0, 2, 3]
+
+
+async def test_the_first_message_of_a_partition_goes_alone_so_that_none_overtakes_it(url, prefix):
+    events = Stream("events", partitions=2)
+    reader = Subscription("a", events)
+    async with started(url, reader) as there, before_the_broker(url) as (front, through):
+        async with started(through, channels=[events]) as transport:
+            front.unready = f"{prefix}.events".encode()
+            first = asyncio.ensure_future(transport.send([staged(events, n, "k") for n in range(3)]))
+            while not front.holds:
+                await asyncio.sleep(0.01)
+            others = [asyncio.ensure_future(transport.send([staged(events, n, "k")])) for n in range(3, 6)]
+            await asyncio.sleep(0.5)
+            assert front.unready is not None, "a second one was on its way beside the first"
+            front.unready = None
+            front.reset()  # the client connects again and sends it once more
+            await asyncio.gather(first, *others)
+        assert numbers(await take(there, reader, 6)) == list(range(6))
+
+
+async def test_a_question_ends_though_the_cluster_is_let_go_meanwhile(url, monkeypatch):
+    asked = threading.Event()
+
+    class Asked(AdminClient):
+        def list_offsets(self, *arguments, **named):
+            futures = super().list_offsets(*arguments, **named)
+            asked.set()
+            return futures
+
+    monkeypatch.setattr(administering, "AdminClient", Asked)
+    async with before_the_broker(url) as (front, through):
+        settings = read_settings(parse_address(through.replace("timeout_s=30", "timeout_s=2")))
+        cluster = Cluster(settings, system_clock)
+        await asyncio.to_thread(cluster.connect)
+        front.swallow()
+        question = asyncio.ensure_future(asyncio.to_thread(cluster.ends, "t", 1))
+        await asyncio.to_thread(asked.wait)
+        cluster.close()
+        with pytest.raises(TransportError, match="E522"):
+            await asyncio.wait_for(question, 20)
+
+
+def test_brokers_that_have_just_started_and_take_no_topic_yet_are_asked_again():
+    cluster = Cluster(read_settings(parse_address("kafka://nowhere")), system_clock)
+    refused = KafkaError(KafkaError.INVALID_REPLICATION_FACTOR, "all brokers are currently fenced")
+    with pytest.raises(KafkaException) as again:
+        cluster._not_made("t", refused, enough=True)
+    assert passes(again.value.args[0])
+    with pytest.raises(ConfigurationError, match="E207"):
+        cluster._not_made("t", refused, enough=False)
 
 
 # --- two Apps ---

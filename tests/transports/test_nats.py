@@ -1,6 +1,7 @@
 """NATS JetStream as it is: declared, refused, restarted, shared."""
 
 import asyncio
+import contextlib
 import json
 import time
 from contextlib import asynccontextmanager
@@ -14,8 +15,9 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter
+from trunkline.transports.nats.connection import Connection
 from trunkline.transports.nats.leases import Lost, Record
-from trunkline.transports.nats.source import EXPIRES_S
+from trunkline.transports.nats.source import SILENT_S
 
 pytestmark = [pytest.mark.xdist_group("nats"), pytest.mark.timeout(60)]
 
@@ -169,8 +171,9 @@ async def test_a_subject_that_may_not_be_published_to_is_told():
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [("nope=1", "E240"), ("lease_s=x", "E241"), ("prefix=a.b", "E241"), ("ca=x.pem", "E241"), ("replicas=0", "E241")],
-)
+    [("nope=1", "E240"), ("lease_s=x", "E241"), ("prefix=a.b", "E241"), ("ca=x.pem", "E241"), ("replicas=0", "E241"),
+     ("prefix=", "E241"), ("lease_s=0.4", "E241")],
+)  # fmt: skip
 def test_options_that_cannot_be_are_refused(options, code):
     with pytest.raises(ConfigurationError, match=code):
         adapter(f"nats://localhost?{options}")
@@ -262,18 +265,18 @@ async def test_the_same_id_is_stored_once_but_for_each_tenant(url):
 
 async def test_publishing_waits_for_the_server_and_is_told_when_the_time_is_over():
     name = "nats@waits"
-    url = f"{broker_url(name)}?timeout_s=2&prefix=t{time.time_ns()}"
+    url = f"{broker_url(name)}?prefix=t{time.time_ns()}"
     subscription = Subscription("s", Queue("jobs"))
     try:
-        async with started(url, subscription) as transport:
+        async with started(f"{url}&timeout_s=30", subscription) as patient, started(f"{url}&timeout_s=2") as hasty:
             await asyncio.to_thread(kill, name)
             with pytest.raises(TransportError, match=r"E52[01]") as caught:
-                await transport.send([staged(subscription.channel, 1)])
+                await hasty.send([staged(subscription.channel, 1)])
             assert len(caught.value.unsent) == 1
-            waiting = asyncio.ensure_future(transport.send([staged(subscription.channel, 2)]))
+            waiting = asyncio.ensure_future(patient.send([staged(subscription.channel, 2)]))
             await asyncio.to_thread(resume, name)
             await waiting
-            assert 2 in numbers(await take(transport, subscription, 1))
+            assert 2 in numbers(await take(patient, subscription, 1))
     finally:
         await asyncio.to_thread(resume, name)
 
@@ -307,7 +310,7 @@ async def test_nothing_confirmed_is_lost_when_the_server_dies_in_the_middle():
             await asyncio.to_thread(resume, name)
         await publisher
         for one in subscriptions:
-            await until(lambda one=one: _complete(got[one.label], 600), 20)
+            await _all_of(got, one.label)
             await until(lambda one=one: _settled(transport, one), 20)
         for task in tasks:
             task.cancel()
@@ -318,6 +321,14 @@ async def test_nothing_confirmed_is_lost_when_the_server_dies_in_the_middle():
 
 async def _more(confirmed, count):
     return len(confirmed) >= count
+
+
+async def _all_of(got, label):
+    """Wait until all 600 have come, and say which did not."""
+    try:
+        await until(lambda: _complete(got[label], 600), 20)
+    except TimeoutError:
+        pytest.fail(f"{label}: {sorted({*range(600)} - {*got[label]})} did not come in 20 s")
 
 
 async def _settled(transport, subscription):
@@ -373,8 +384,9 @@ async def test_a_long_handler_keeps_its_message(url):
             task.cancel()
 
 
-async def test_what_was_not_asked_for_goes_to_others_at_once(url):
-    subscription = Subscription("s", Queue("jobs"))
+@pytest.mark.parametrize("attempt", range(20))  # the server sent it back to who gave it back in one of ten
+async def test_what_was_not_asked_for_goes_to_others_at_once(url, attempt):
+    subscription = Subscription("s", Queue(f"jobs{attempt}"))
     async with started(url, subscription) as first:
         await first.send([staged(subscription.channel, number) for number in range(20)])
         await take(first, subscription, 5)
@@ -405,11 +417,30 @@ async def test_a_topic_without_readers_takes_messages(url):
 
 async def test_a_consumer_that_was_removed_is_made_again(url, server):
     subscription = Subscription("s", Queue("jobs"))
-    # A request that comes in the moment of the removal may get no answer: then silence tells, after EXPIRES_S + 5.
+    # A request that comes in the moment of the removal may get no answer: then silence tells.
     async with started(f"{url}&lease_s=2", subscription) as transport:
         await server.jetstream().delete_consumer(url.rpartition("=")[2] + "_jobs", "owner")
         await transport.send([staged(subscription.channel, 1)])
-        assert numbers(await take(transport, subscription, 1, within_s=EXPIRES_S + 15)) == [1]
+        assert numbers(await take(transport, subscription, 1, within_s=SILENT_S + 15)) == [1]
+
+
+@pytest.mark.parametrize("channel", [Queue("jobs"), Stream("orders", partitions=1)], ids=["Queue", "Stream"])
+async def test_a_request_that_nobody_answers_is_made_again(url, channel, monkeypatch, caplog):
+    subscription = Subscription("s", channel)
+    post, lost = Connection.post, []
+
+    def losing(self, lines):
+        if b".CONSUMER.MSG.NEXT." in lines and not lost:
+            lost.append(lines)
+        else:
+            post(self, lines)
+
+    monkeypatch.setattr(Connection, "post", losing)
+    async with started(f"{url}&lease_s=2", subscription) as transport:
+        await until(lambda: _more(lost, 1))
+        await transport.send([staged(channel, 1)])
+        assert numbers(await take(transport, subscription, 1, within_s=SILENT_S + 10)) == [1]
+    assert "is silent" in caplog.text
 
 
 # --- Streams ---
@@ -623,7 +654,147 @@ async def test_a_log_that_was_made_anew_is_read_from_its_beginning(url, server):
         assert numbers(await take(transport, subscription, 3)) == [5, 6, 7]
 
 
+async def five_handled(transport, stream, subscription):
+    """Send five messages, handle them, and wait until the cursors say so."""
+    await transport.send([staged(stream, number, key=str(number)) for number in range(5)])
+    await take(transport, subscription, 5)
+    await until(lambda: _settled(transport, subscription))
+    await until(lambda: _noted(transport, subscription, 6))
+
+
+async def _noted(transport, subscription, cursor):
+    """Say whether the records have how far each partition was handled, the furthest one up to `cursor`."""
+    reader = transport._readers[subscription.label]
+    records = reader._leases.records
+    handled = all(records[number].cursor == one.watermark.low for number, one in reader.partitions.items())
+    return handled and max(record.cursor for record in records.values()) == cursor
+
+
+async def test_cursors_whose_bucket_was_removed_are_written_again_by_who_knows_them(url, server, caplog):
+    stream = Stream("orders", partitions=2)
+    subscription = Subscription("s", stream)
+    async with started(f"{url}&lease_s=2", subscription) as transport:
+        await five_handled(transport, stream, subscription)
+        await server.jetstream().delete_stream(f"KV_{url.rpartition('=')[2]}_cursors")
+        await until(lambda: _said(caplog, "the bucket of cursors was made anew"))
+        await transport.send([staged(stream, number, key=str(number)) for number in range(5, 10)])
+        seen = set()
+        while seen != set(range(5, 10)):
+            seen.update(numbers(await take(transport, subscription, 1)))
+        await until(lambda: _settled(transport, subscription))
+    async with started(url, subscription) as transport:
+        await transport.send([staged(stream, 10)])
+        assert numbers(await take(transport, subscription, 1)) == [10]
+
+
+async def test_who_reads_a_partition_reads_on_in_a_bucket_that_was_made_anew(url, server, caplog):
+    subscription = Subscription("s", Stream("orders", partitions=1))
+    async with started(f"{url}&lease_s=2", subscription) as transport:
+        await transport.send([staged(subscription.channel, number) for number in range(5)])
+        got = await take(transport, subscription, 5, settle=False)
+        await server.jetstream().delete_stream(f"KV_{url.rpartition('=')[2]}_cursors")
+        await until(lambda: _said(caplog, "the bucket of cursors was made anew"))
+        await transport.settle(got)
+        await until(lambda: _noted(transport, subscription, 6))
+        await nothing(transport, subscription)
+    assert "lost partitions" not in caplog.text
+
+
+async def test_what_a_bucket_made_anew_refused_is_noted_at_the_next_look(url, server):
+    subscription = Subscription("s", Stream("orders", partitions=1))
+    async with started(f"{url}&lease_s=10", subscription) as transport:
+        await transport.send([staged(subscription.channel, number) for number in range(5)])
+        got = await take(transport, subscription, 5, settle=False)
+        await server.jetstream().delete_stream(f"KV_{url.rpartition('=')[2]}_cursors")
+        await transport._readers[subscription.label]._layout.declare([], [subscription])
+        await transport.settle(got)  # under the revision of the old one
+        await until(lambda: _noted(transport, subscription, 6))
+
+
+async def test_processes_share_a_stream_as_before_when_the_bucket_was_made_anew(url, server, caplog):
+    subscription = Subscription("s", Stream("orders", partitions=4))
+    url += "&lease_s=2"
+    async with started(url, subscription) as one, started(url, subscription) as other:
+        readers = [transport._readers[subscription.label] for transport in (one, other)]
+
+        async def shared():
+            """Say whether both have two partitions, and both know that."""
+            holders = {n: reader._leases._process for reader in readers for n in reader.partitions}
+            known = [{n: record.holder for n, record in reader._leases.records.items()} for reader in readers]
+            return [len(reader.partitions) for reader in readers] == [2, 2] and known == [holders, holders]
+
+        await until(shared)
+        before = [set(reader.partitions) for reader in readers]
+        caplog.clear()
+        await server.jetstream().delete_stream(f"KV_{url.split('prefix=')[1].partition('&')[0]}_cursors")
+        await until(lambda: _said_by(caplog, "the bucket of cursors was made anew", 2))
+        await one.send([staged(subscription.channel, number, key=str(number)) for number in range(20)])
+        found = await asyncio.gather(*(_drain(transport, subscription) for transport in (one, other)))
+        assert sorted(found[0] + found[1]) == list(range(20))
+        assert [set(reader.partitions) for reader in readers] == before
+
+
+async def _drain(transport, subscription):
+    """Return the numbers of what comes until nothing does any more."""
+    found = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            found += numbers(await take(transport, subscription, 1, within_s=1.0))
+    return found
+
+
+async def _said_by(caplog, text, count):
+    return caplog.text.count(text) >= count
+
+
+async def test_processes_read_on_when_the_server_comes_back_empty(url, server):
+    stream = Stream("orders", partitions=2)
+    subscription = Subscription("s", stream)
+    async with started(f"{url}&lease_s=2", subscription) as transport:
+        await five_handled(transport, stream, subscription)
+        prefix = url.rpartition("=")[2]
+        for name in (f"{prefix}_orders", f"KV_{prefix}_cursors"):
+            await server.jetstream().delete_stream(name)
+        transport._connection._wire._transport._io_writer.transport.abort()
+        await until(lambda: _is_up(transport))
+        await transport.send([staged(stream, number, key=str(number)) for number in range(5, 10)])
+        assert sorted(numbers(await take(transport, subscription, 5, within_s=15))) == [5, 6, 7, 8, 9]
+        await until(lambda: _settled(transport, subscription))
+
+
+async def _said(caplog, text):
+    return text in caplog.text
+
+
+async def _is_up(transport):
+    return transport._connection.link.is_up
+
+
+async def test_a_stop_does_not_wait_for_a_bucket_that_was_removed(url, server):
+    subscription = Subscription("s", Stream("orders", partitions=1))
+    async with asyncio.timeout(15), started(url, subscription) as transport:
+        await transport.send([staged(subscription.channel, 1)])
+        await server.jetstream().delete_stream(f"KV_{url.rpartition('=')[2]}_cursors")
+        await take(transport, subscription, 1)
+        await asyncio.sleep(0.2)
+
+
 # --- messages of others ---
+
+
+async def test_a_message_of_others_is_another_one_in_a_stream_made_anew(url, server):
+    plain = Subscription("s", Queue("jobs", plain="job"))
+    prefix = url.rpartition("=")[2]
+    found = []
+    for _ in range(2):
+        async with started(url, plain) as transport:
+            await server.publish(f"{prefix}.q.jobs", b"{}")
+            found += await take(transport, plain, 1)
+        stream = server.jetstream()
+        await stream.delete_stream(await stream.find_stream_name_by_subject(f"{prefix}.q.jobs"))
+    first, second = found
+    assert first.position == second.position == 1
+    assert first.message.id != second.message.id
 
 
 async def test_messages_of_others_are_read(url, server):
@@ -634,7 +805,7 @@ async def test_messages_of_others_are_read(url, server):
         binary = {"ce-specversion": "1.0", "ce-id": "7", "ce-type": "job", "ce-source": "/x", "ce-partitionkey": "k"}
         await server.publish(f"{prefix}.q.jobs", b'{"n": 2}', headers=binary)
         first, second = [one.message for one in await take(transport, plain, 2)]
-    assert (first.type, first.data, first.id) == ("job", b'{"n": 1}', "jobs:1")
+    assert (first.type, first.data) == ("job", b'{"n": 1}')
     assert (second.id, second.source, second.data, second.partitionkey) == ("7", "/x", b'{"n": 2}', "k")
 
 

@@ -32,8 +32,9 @@ ELSEWHERE = {
     "test_a_handler_cannot_end_the_unit_of_work_itself",
     # It counts on an answer in the same turn of the loop.
     "test_a_handler_may_ask_for_another_time",
-    # They name their files themselves.
-    "test_a_handler_that_leaves_with_a_base_exception_leaves_no_transaction_open",
+    # What it sends is refused elsewhere, and ends the App.
+    "test_what_a_caller_held_whose_unit_was_refused_is_not_kept_in_memory",
+    # It names its file itself.
     "test_what_a_relay_had_taken_is_sent_by_the_next_process",
 }
 for _module in (test_delivery, test_refused_units):

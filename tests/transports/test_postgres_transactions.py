@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import secrets
-from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
@@ -12,7 +11,6 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from tests.brokers import broker_url
 from tests.docs.test_code_blocks import ROOT, run_blocks
 from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
 from trunkline.errors import ConfigurationError, PublishError, TransactionError
@@ -21,14 +19,8 @@ ONCE = Retry(immediate=0, delays_s=())
 
 
 @pytest.fixture
-async def url():
-    """The URL of a database of the test's own."""
-    server, name = broker_url("postgres"), f"test_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(server)
-    await connection.execute(f"CREATE DATABASE {name}")
-    yield urlsplit(server)._replace(path=name).geturl()
-    await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await connection.close()
+def url(database):
+    return database
 
 
 @pytest.fixture
@@ -332,3 +324,24 @@ async def test_publishing_within_what_has_no_transaction_or_is_no_connection_is_
 
 async def test_the_page_about_postgresql_does_what_it_says(url, tmp_path):
     await asyncio.to_thread(run_blocks, ROOT / "docs/how-to/postgresql.md", tmp_path, {"SHOP_DATABASE": url})
+
+
+async def test_a_start_on_another_transport_warns_of_what_waits_in_the_schema(url, job, caplog):
+    service = with_effects()
+
+    @service.handle
+    async def work(message: job) -> None: ...
+
+    async with App(Service("outside"), url) as app:
+        await app.publish(job(1))
+    async with App(service, "memory:", store=url):
+        pass
+    assert "still holds 1 message of its own transport: jobs-" in caplog.text
+    async with App(service, url) as app:
+        async with asyncio.timeout(10):
+            while sum(one.waiting for one in (await app.backlog()).values()):
+                await asyncio.sleep(0.02)
+    caplog.clear()
+    async with App(service, "memory:", store=url):
+        pass
+    assert "still holds" not in caplog.text

@@ -8,6 +8,7 @@ import contextlib
 import sys
 import time
 import uuid
+from zlib import crc32
 
 import pytest
 from pamqp import body as bodies
@@ -150,9 +151,19 @@ def test_an_unknown_option_is_refused():
         load("amqp://localhost?prefetch=1")
 
 
+def test_a_heartbeat_that_the_protocol_cannot_say_is_refused():
+    with pytest.raises(ConfigurationError, match=r"E241 heartbeat='100000' .* from 1 to 65535"):
+        load("amqp://localhost?heartbeat=100000")
+
+
 def test_a_prefix_that_would_make_names_ambiguous_is_refused():
     with pytest.raises(ConfigurationError, match=r"E241 prefix='a:b'"):
         load("amqp://localhost?prefix=a:b")
+
+
+def test_a_certificate_without_tls_is_refused():
+    with pytest.raises(ConfigurationError, match=r"E241.*without TLS; write amqps://"):
+        load("amqp://localhost?ca=/etc/ca.pem")
 
 
 async def test_a_wrong_password_is_refused_at_once_and_not_shown(server):
@@ -480,9 +491,10 @@ async def test_plain_messages_on_a_stream_keep_their_id(url, server, prefix):
         await write(other, "", f"{prefix}.log:0", b"a", headers={"other": "header", "number": 1})
         await write(other, f"{prefix}.log", "0", b"b")
         found = await received(transport, reader, 2)
+    # What is in it too: in a log made anew the places begin again.
     assert [(delivery.message.id, delivery.position) for delivery in found] == [
-        (f"{prefix}.log:0/0", 0),
-        (f"{prefix}.log:0/1", 1),
+        (f"{prefix}.log:0/0/{crc32(b'a'):08x}", 0),
+        (f"{prefix}.log:0/1/{crc32(b'b'):08x}", 1),
     ]
 
 
@@ -610,6 +622,89 @@ async def test_latest_begins_at_the_end_of_its_first_start_only(url):
             assert sorted(subjects(await received(transport, late, 100))) == list(range(500, 600))
 
 
+async def noted(transport, subscription, offset):
+    """Wait until the token of the only partition says that it is handled up to there."""
+    held = transport._readers[subscription.label].tokens._held[0]
+    await until(lambda: held.token.offset == offset)
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_log_that_was_made_anew_is_read_from_its_first_message(url, server, prefix, caplog, running):
+    stream = Stream("log", partitions=1)
+    one = Subscription("one", stream)
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, number) for number in range(50)])
+        assert len(await received(transport, one, 50)) == 50
+        if running:
+            await noted(transport, one, 50)
+            await delete(server, f"{prefix}.log:0")
+            await until(lambda: not transport._readers[one.label].parts)
+            await transport.send([staged(stream, number) for number in range(50, 70)])
+            assert subjects(await received(transport, one, 20)) == list(range(50, 70))
+    if not running:
+        await delete(server, f"{prefix}.log:0")
+        async with opened(url, channels=[stream]) as publisher:
+            await publisher.send([staged(stream, number) for number in range(50, 70)])
+        async with opened(url, one) as transport:
+            assert subjects(await received(transport, one, 20)) == list(range(50, 70))
+    assert "its log was deleted and made anew" in caplog.text
+    caplog.clear()
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, 70)])
+        assert subjects(await received(transport, one, 1)) == [70]
+    assert "made anew" not in caplog.text
+
+
+async def test_what_is_late_of_a_deleted_log_settles_nothing_of_the_new_one(url, server, prefix):
+    stream = Stream("log", partitions=1)
+    one = Subscription("one", stream)
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, number) for number in range(10)])
+        await received(transport, one, 10)
+        await noted(transport, one, 10)
+        await transport.send([staged(stream, number) for number in range(10, 13)])
+        late = await received(transport, one, 3, settle=False)
+        await delete(server, f"{prefix}.log:0")
+        await until(lambda: not transport._readers[one.label].parts)
+        await transport.send([staged(stream, number) for number in range(20, 40)])
+        found = await received(transport, one, 20, settle=False)
+        await transport.settle(late)
+        await asyncio.sleep(1.0)
+    async with opened(url, one) as transport:
+        assert subjects(await received(transport, one, 20)) == subjects(found) == list(range(20, 40))
+
+
+async def test_a_log_whose_beginning_was_trimmed_is_gone_on_with(url, caplog, monkeypatch):
+    monkeypatch.setattr("trunkline.transports.rabbitmq.names._SEGMENT_BYTES", 4000)
+    stream = Stream("log", partitions=1, retention_s=1)
+    one = Subscription("one", stream)
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, 0)])
+        await received(transport, one, 1)
+        await noted(transport, one, 1)
+    async with opened(url, channels=[stream]) as publisher:
+        for number in range(1, 15):
+            await publisher.send([staged(stream, number, data=b'"%s"' % (b"x" * 3000))])
+            await asyncio.sleep(0.2)
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, 15)])
+        found = []
+        while 15 not in found:
+            found += subjects(await received(transport, one, 1))
+    assert found == list(range(found[0], 16))
+    assert found[0] > 1  # the first ones are gone
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, 16)])
+        assert subjects(await received(transport, one, 1)) == [16]
+    assert "anew" not in caplog.text
+
+
+async def delete(server, queue):
+    async with raw(server) as connection:
+        channel = await connection.channel()
+        await channel.call(commands.Queue.Delete(queue=queue), commands.Queue.DeleteOk)
+
+
 async def test_two_processes_share_partitions_and_keep_the_order_of_each_key(url):
     stream = Stream("log", partitions=6)
     one = Subscription("one", stream)
@@ -702,6 +797,8 @@ def test_tokens_of_which_the_right_one_counts():
     assert Token(5).beats(first)
     assert not other.beats(Token(5))
     assert Token(7).beats(Token(6))
+    assert Token(3, log=1).beats(Token(6))
+    assert not Token(6).beats(Token(3, log=1))
     assert not Token(6).beats(Token(7))
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from zlib import crc32
 
@@ -135,8 +136,8 @@ async def test_a_key_that_holds_something_else_is_refused(url, prefix):
 
 @pytest.mark.parametrize(
     ("extra", "code"),
-    [("&colour=red", "E240"), ("&lease_s=0", "E241"), ("&replicas=x", "E241"), ("&ca=/tmp/ca", "E240"),
-     ("&prefix=%7Bx%7D", "E241")],
+    [("&colour=red", "E240"), ("&lease_s=0", "E241"), ("&replicas=x", "E241"), ("&ca=/tmp/ca", "E241"),
+     ("&prefix=%7Bx%7D", "E241"), ("&prefix=Bad:Name", "E241"), ("&lease_s=0.001", "E241")],
 )  # fmt: skip
 def test_options_are_checked(server, extra, code):
     with pytest.raises(ConfigurationError) as raised:
@@ -210,9 +211,15 @@ async def test_tls_is_verified():
     assert (await refusal(f"{url}?timeout_s=5")).code == "E245"
     async with opened(f"{url}?timeout_s=5&ca={brokers.certificate('redis:tls')}"):
         pass
-    error = await refusal(url.replace("rediss", "redis") + "?timeout_s=0.5")
-    assert error.code == "E520"
-    assert "rediss://" in str(error)
+    error = await refusal(url.replace("rediss", "redis") + "?timeout_s=5")
+    assert error.code == "E245"
+    assert "write rediss://" in str(error)
+
+
+async def test_a_port_without_tls_is_told(server):
+    error = await refusal(server.replace("redis://", "rediss://") + "?timeout_s=5")
+    assert error.code == "E245"
+    assert "write redis://" in str(error)
 
 
 async def test_tls_to_a_port_without_is_told(server):
@@ -722,6 +729,22 @@ async def test_a_server_that_dies_loses_nothing_that_was_confirmed(faulty):
         assert order == sorted(order)
 
 
+async def test_while_the_server_is_down_only_the_connection_says_so(faulty, caplog):
+    subscriptions = [Subscription("a", channel) for channel in (Queue("q"), Topic("t"), Stream("s", partitions=4))]
+    async with opened(faulty, *subscriptions):
+        caplog.clear()
+        await asyncio.to_thread(brokers.kill, FAULTY)
+        await asyncio.sleep(3)
+        said = [record for record in caplog.records if record.levelname == "WARNING"]
+        await asyncio.to_thread(brokers.resume, FAULTY)
+        async with asyncio.timeout(20):
+            while "connected again after" not in caplog.text:
+                await asyncio.sleep(0.05)
+    assert "trunkline.link" in {record.name for record in said}
+    others = [record.getMessage() for record in said if record.name != "trunkline.link"]
+    assert [text for text in others if "lost partitions" not in text] == []
+
+
 async def test_without_a_server_publishing_ends_in_time(faulty):
     queue = Queue("q")
     async with opened(faulty.replace("timeout_s=20", "timeout_s=1"), channels=[queue]) as transport:
@@ -785,6 +808,43 @@ async def test_everything_deleted_on_the_server_is_declared_again(faulty):
         await transport.send([*staged(queue, 1), *staged(stream, 2, key="k")])
         assert numbers(await receive(transport, subscriptions[0], 1)) == [1]
         assert numbers(await receive(transport, subscriptions[1], 1)) == [2]
+
+
+async def test_a_stream_is_read_on_after_everything_but_the_scripts_was_deleted(faulty, caplog):
+    subscription = Subscription("a", Stream("s", partitions=2))
+    async with opened(faulty, subscription) as transport:
+        await raw(faulty, "FLUSHALL")
+        await transport.send(staged(subscription.channel, 1, key="k"))
+        await transport.send(staged(subscription.channel, 2, key="k"))
+        assert numbers(await receive(transport, subscription, 2, 15)) == [1, 2]
+    assert "NOGROUP" in caplog.text
+
+
+@pytest.mark.parametrize("start", ["earliest", "latest", datetime(2025, 11, 1, tzinfo=UTC)], ids=str)
+async def test_a_group_that_was_deleted_begins_where_its_owner_is(url, prefix, start):
+    subscription = Subscription("a", Stream("s", partitions=1), start)
+    async with opened(url, subscription) as transport:
+        await transport.send(staged(subscription.channel, 1, 2))
+        await transport.settle(await receive(transport, subscription, 2))
+        stream = transport._readers[subscription.label].names.streams[0]
+        assert await raw(url, "XGROUP", "DESTROY", stream, transport._readers[subscription.label].group) == 1
+        await transport.send(staged(subscription.channel, 3, 4))
+        third, _ = await receive(transport, subscription, 2)
+        await transport.settle([third])
+    async with opened(url, subscription) as transport:
+        assert numbers(await receive(transport, subscription, 1)) == [4]
+
+
+async def test_a_partition_whose_group_was_deleted_is_taken_over(server, prefix):
+    url = f"{server}?prefix={prefix}&lease_s=1"
+    subscription = Subscription("a", Stream("s", partitions=1), "latest")
+    async with opened(url, subscription) as first, opened(url, subscription) as second:
+        await first.send(staged(subscription.channel, 1))
+        await receive(first, subscription, 1)
+        reader = first._readers[subscription.label]
+        await raw(url, "XGROUP", "DESTROY", reader.names.streams[0], reader.group)
+        await reader.stop()  # it shows no sign of life any more
+        assert numbers(await receive(second, subscription, 1)) == [1]
 
 
 async def test_a_connection_that_is_cut_is_made_again(url):

@@ -545,6 +545,41 @@ async def test_a_connection_cannot_be_asked_for_on_the_loop(rig, job):
         assert "await ctx.transaction()" in letter.reason
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), BaseExceptionGroup("both", [SystemExit(2)])], ids=["exit", "group"])
+@pytest.mark.parametrize("way", ["at once", "later", "in a thread"])
+async def test_a_handler_that_wants_the_process_to_end_has_failed(rig, job, raised, way):
+    service = Service("worker")
+
+    async def at_once(_message: job) -> None:
+        raise raised
+
+    async def later(_message: job) -> None:
+        await asyncio.sleep(0)
+        raise raised
+
+    def in_a_thread(_message: job) -> None:
+        raise raised
+
+    service.handle(retry=ONCE)({"at once": at_once, "later": later, "in a thread": in_a_thread}[way])
+    async with rig.run(service) as app:
+        await app.publish(job("a", 7))
+        (letter,) = await rig.buried()
+        assert f"the handler raised {type(raised).__name__}" in letter.reason
+
+
+async def test_a_plain_function_that_raises_stop_iteration_has_failed(rig, job):
+    service = Service("worker")
+
+    @service.handle(retry=ONCE, timeout_s=None)
+    def work(_message: job) -> None:
+        next(iter(()))
+
+    async with rig.run(service) as app:
+        await app.publish(job("a", 7))
+        (letter,) = await rig.buried()
+        assert "StopIteration" in letter.reason
+
+
 async def test_a_thread_that_outlives_its_time_writes_nothing_any_more(rig, job, clock):
     service, outcome = Service("worker"), []
     service.schema("CREATE TABLE IF NOT EXISTS effect (number INTEGER)")
@@ -770,6 +805,7 @@ async def test_a_failure_is_logged_with_message_handler_attempt_and_outcome(rig,
         message_id = await app.publish(job("a", 1))
         await rig.buried()
         assert f"work failed on job {message_id}, attempt 1: set aside" in caplog.text
+        assert f"set aside job {message_id} on worker@" in caplog.text
 
 
 async def test_a_message_handled_before_a_restart_is_not_handled_again(file_rig, job):

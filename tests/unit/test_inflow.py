@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from trunkline import Queue
 from trunkline.inflow import Inflow
 from trunkline.transport import Delivery, Subscription
@@ -95,3 +97,27 @@ async def test_after_drain_nothing_is_handed_out():
     await asyncio.sleep(0)
     assert not waiting.done()
     waiting.cancel()
+
+
+async def test_an_error_that_ends_a_task_of_the_reader_ends_receive():
+    inflow = Inflow(SUBSCRIPTION)
+    waiting = asyncio.create_task(inflow.receive(10))
+    await asyncio.sleep(0)
+
+    async def fails() -> None:
+        raise ZeroDivisionError("of the reader")
+
+    inflow.spawn(fails())
+    with pytest.raises(ZeroDivisionError):
+        await waiting
+    with pytest.raises(ZeroDivisionError):
+        await inflow.receive(10)
+
+
+async def test_a_task_of_the_reader_may_be_cancelled():
+    inflow = Inflow(SUBSCRIPTION)
+    task = inflow.spawn(asyncio.sleep(60))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inflow.put(deliveries(1))
+    assert positions(await inflow.receive(1)) == [1]

@@ -87,6 +87,22 @@ async def test_a_pause_starts_nothing_more_and_resume_goes_on_with_what_was_put_
     await lanes.stop()
 
 
+@pytest.mark.parametrize("again_at_once", [True, False], ids=["before it noticed", "after it noticed"])
+async def test_a_cancel_that_comes_after_the_handler_ended_ends_no_worker(again_at_once):
+    recorder = Recorder([1, 1])
+    lanes = Lanes(recorder.deliver, 1)
+    lanes.add([delivery("a", 0)])
+    await lanes.idle()
+    lanes._workers[0].cancel()
+    if not again_at_once:
+        await asyncio.sleep(0)
+    lanes.add([delivery("a", 1)])
+    async with asyncio.timeout(5):
+        await lanes.idle()
+    assert recorder.finished == [("a", 0), ("a", 1)]
+    await lanes.stop()
+
+
 async def test_what_waits_can_be_forgotten_and_is_counted():
     lanes = Lanes(Recorder([0] * 10).deliver, 2)
     lanes.pause()

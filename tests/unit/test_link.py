@@ -1,6 +1,7 @@
 """The connection to a broker: made, watched, made again."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -78,6 +79,42 @@ async def test_a_refusal_later_may_pass_by(clock):
     await link.stop()
 
 
+async def test_an_unexpected_error_later_is_told_and_does_not_end_the_attempts(clock, caplog):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(30)
+    broker.answers = [KeyError("an answer without it")]
+    link.lost(None)
+    await asyncio.sleep(0)
+    assert "an answer without it" in caplog.text
+    assert "Traceback" in caplog.text
+    await clock.advance(1)
+    assert link.is_up
+    await link.stop()
+
+
+async def test_an_unexpected_error_at_start_ends_it(clock):
+    broker = Broker()
+    broker.answers = [KeyError("an answer without it")]
+    with pytest.raises(KeyError):
+        await Link("x://host", clock, broker.connect).start(30)
+
+
+async def test_it_says_once_that_it_is_connected_again_and_after_how_long(clock, caplog):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(1)
+    assert caplog.records == []
+    broker.answers = [DOWN] * 4
+    link.lost(None)
+    await asyncio.sleep(0)
+    await clock.advance(8)
+    said = [record.getMessage() for record in caplog.records if "again after" in record.getMessage()]
+    assert len(said) == 1
+    assert re.fullmatch(r"x://host: connected again after [1-8] s", said[0])
+    await link.stop()
+
+
 async def test_who_needs_it_waits_up_to_a_time_and_is_told_why(clock):
     broker = Broker()
     link = Link("x://host", clock, broker.connect)
@@ -110,6 +147,7 @@ async def test_it_is_not_made_again_after_stop(clock):
         ("x://h?lease_s=soon", "E241 lease_s='soon' in the URL of x://h; a number of seconds above 0"),
         ("x://h?lease_s=0", "E241"),
         ("x://h?number=-1", "E241"),
+        ("x://h?number=10", "E241 number='10' in the URL of x://h; a whole number from 1 to 9"),
         ("x://h?mode=fast", "E241 mode='fast' in the URL of x://h; one of safe, safer"),
     ],
 )
@@ -121,7 +159,7 @@ def test_options_that_are_wrong_are_refused(url, message):
 
 def read(options: Options) -> tuple[object, ...]:
     found = (
-        options.text("prefix", "trunkline"), options.seconds("lease_s", 10), options.number("number", 2),
+        options.text("prefix", "trunkline"), options.seconds("lease_s", 10), options.number("number", 2, most=9),
         options.choice("mode", ("safe", "safer"), "safe"),
     )  # fmt: skip
     options.end()
@@ -141,6 +179,20 @@ def test_a_broker_url_has_hosts_and_credentials(monkeypatch):
     assert (address.user, address.password) == ("user@home", "p%40ss/word")
     assert (address.path, address.options) == ("/shop", {"prefix": "a"})
     assert address.shown == "amqp://one:5672,[::1]:5673,two/shop"
+
+
+def test_user_and_password_are_read_from_the_environment_each_time(monkeypatch):
+    monkeypatch.setenv("BROKER_USER", "shop")
+    monkeypatch.setenv("BROKER_PASSWORD", "old")
+    address = parse_address("amqp://${BROKER_USER}:${BROKER_PASSWORD}@host")
+    assert (address.user, address.password) == ("shop", "old")
+    monkeypatch.setenv("BROKER_USER", "shop-2")
+    monkeypatch.setenv("BROKER_PASSWORD", "new")
+    assert (address.user, address.password) == ("shop-2", "new")
+    monkeypatch.delenv("BROKER_PASSWORD")
+    with pytest.raises(ConfigurationError, match=r"E249 .* BROKER_PASSWORD, which is not set"):
+        _ = address.password
+    assert "new" not in repr(address)
 
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch):

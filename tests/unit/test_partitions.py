@@ -135,7 +135,7 @@ async def test_a_partition_taken_by_another_is_lost_at_once(clock):
     assert 3 not in one.ownership.held
 
 
-async def test_without_an_answer_partitions_are_lost_before_the_lease_ends(clock):
+async def test_without_an_answer_partitions_are_lost_before_the_lease_ends(clock, caplog):
     one = Member(Table(), clock)
     await one.ownership.step()
     one.leases.down = True
@@ -148,6 +148,8 @@ async def test_without_an_answer_partitions_are_lost_before_the_lease_ends(clock
         await one.ownership.step()
     assert one.ownership.held == set()
     assert [what for what, _ in one.log].count("lost") == 8
+    (said,) = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert said.endswith("lost partitions 0, 1, 2, 3, 4, 5, 6, 7: another process may read them now")
 
 
 async def test_what_nobody_began_with_is_taken_back_and_not_waited_for():

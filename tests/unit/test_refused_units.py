@@ -1,8 +1,10 @@
 """What cannot be stored fails alone: its neighbours are committed, and the subscription goes on."""
 
 import asyncio
+import gc
 import logging
 import os
+import weakref
 
 import apsw
 import msgspec
@@ -119,6 +121,22 @@ async def test_a_unit_that_cannot_be_written_fails_alone(file_rig):
         await until(lambda: "later" in seen)
         assert seen == ["first", "good", "later"]
         assert file_rig.query("SELECT count(*) FROM trunkline_log") == [(3,)]
+
+
+async def test_what_a_caller_held_whose_unit_was_refused_is_not_kept_in_memory(file_rig):
+    held = []
+
+    async def publish(app: App) -> None:
+        marker = Service("marker")
+        held.append(weakref.ref(marker))
+        await app.commit([Staged(facts, Message("bad", "type", "source", b"", 0.0, partitionkey=5))])
+
+    async with file_rig.run(Service("publisher")) as app:
+        with pytest.raises(AttributeError):
+            await publish(app)
+        await app.publish(Fact("later"))
+        gc.collect()
+        assert held[0]() is None
 
 
 async def test_a_unit_with_a_transaction_that_cannot_be_written_fails_alone(file_rig):
@@ -248,25 +266,20 @@ async def test_publishing_through_the_app_inside_a_transaction_is_refused_instea
     assert refused == ["E512"]
 
 
-class EndOfProcess(BaseException):
-    pass
-
-
-async def test_a_handler_that_leaves_with_a_base_exception_leaves_no_transaction_open(tmp_path):
-    service, url = Service("writer"), f"sqlite:///{tmp_path}/base.db"
+async def test_a_handler_that_wants_the_process_to_end_leaves_no_transaction_open(file_rig):
+    service = Service("writer")
 
     @service.handle(retry=ONCE)
     async def write(fact: Fact, ctx: Context) -> None:
         await ctx.transaction()
-        raise EndOfProcess
+        raise SystemExit(3)
 
-    app = App(service, url, grace_s=0.1)
-    await app.start()
-    await app.publish(Fact("a"))
-    with pytest.raises(EndOfProcess):
-        await app.ended()
-    async with asyncio.timeout(10):
-        await app.stop()
+    async with file_rig.run(service) as app:
+        await app.publish(Fact("a"))
+        (letter,) = await file_rig.buried()
+        async with asyncio.timeout(10):
+            await app.publish(Fact("b"))
+    assert "SystemExit: 3" in letter.reason
 
 
 # --- order of a parked key ---

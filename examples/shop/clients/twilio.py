@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 10.0
 PAGE_SIZE = 50
-CLOCK_MARGIN = timedelta(minutes=10)
-"""How far the clocks of this machine and of Twilio may be apart."""
+CLOCK_MARGIN = timedelta(days=1)
+"""How far the clocks of the shop's machines and of Twilio may be apart: a time zone set wrongly is many hours."""
 
 
 class _Basic(CredentialProvider, AuthStrategy):  # type: ignore[misc]

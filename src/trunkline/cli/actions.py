@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +19,7 @@ from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError
 from trunkline.store import Store, Unit, resolve
-from trunkline.transport import Staged, Transport, load_adapter, parse_address
+from trunkline.transport import Staged, Transport, adapters, load_adapter, parse_address
 
 
 def place(url: str) -> str:
@@ -31,8 +30,8 @@ def place(url: str) -> str:
 
 def one_place(settings: Settings) -> bool:
     """Return whether messages and the state of services are in one place, which both a transport and a store know."""
-    both = entry_points(group="trunkline.stores", name=parse_address(settings.transport).scheme)
-    return bool(both) and place(settings.transport) == place(settings.store)
+    both = parse_address(settings.transport).scheme in adapters("trunkline.stores")
+    return both and place(settings.transport) == place(settings.store)
 
 
 class NoTransport:

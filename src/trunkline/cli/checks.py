@@ -77,6 +77,8 @@ def settings_checks(settings: Settings) -> Iterator[Check]:
             adapter = load_adapter(f"trunkline.{name}s", url, system_clock)
         except TrunklineError as error:
             yield Check("settings", name, "fail", f"{error.code} {error.message}", error.hint)
+            if settings.store == settings.transport:
+                return  # the store would only say the same of the same URL
             continue
         shown = f"{parse_address(url).shown} (from {settings.origin[name]})"
         capabilities = getattr(adapter, "capabilities", None)

@@ -70,7 +70,7 @@ def doctor(
 def _examine(settings: Settings, *, integrity: bool) -> Report:
     from trunkline.cli.actions import place
     from trunkline.cli.checks import environment, file_checks, settings_checks, system_checks
-    from trunkline.cli.live import examine
+    from trunkline.cli.live import examine, left_over_checks
     from trunkline.cli.promises import promises
     from trunkline.cli.target import load_target
 
@@ -89,6 +89,7 @@ def _examine(settings: Settings, *, integrity: bool) -> Report:
         checks += file_checks(settings.transport, integrity=integrity)
         if place(settings.store) != place(settings.transport):
             checks += file_checks(settings.store, integrity=integrity)
+        checks += asyncio.run(left_over_checks(settings))
     told, findings = asyncio.run(examine(settings, system))
     checks += told
     if system is None:

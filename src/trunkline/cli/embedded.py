@@ -117,7 +117,7 @@ def existing_file(url: str, option: str = "--transport") -> str:
         raise ConfigurationError(
             "E231",
             f"{path} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
-            f"start a service on it first, or name the right file: {option} sqlite:///shop.db",
+            f"start a service on it first, or name the right file: {option} sqlite:///FILE",
         )
     return path
 

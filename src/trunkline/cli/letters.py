@@ -72,7 +72,8 @@ def check_store(settings: Settings) -> None:
             "E230",
             f"{shown} keeps nothing: what is parked waits in the service's own memory,"
             " dead letters are in a Queue on the broker",
-            'see them with "trunkline tail NAME.dead-letters", or name a store: --store sqlite:///shop.db',
+            '"trunkline backlog" counts them, "trunkline tail NAME.dead-letters" shows them where the broker lets one'
+            " look, a handler on that Queue takes them; or name a store: --store sqlite:///shop.db",
         )
     if parse_address(settings.store).scheme == "memory":
         raise ConfigurationError(

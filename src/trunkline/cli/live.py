@@ -14,6 +14,7 @@ import msgspec
 
 from trunkline.app import channels_of, known_channels, plans_of
 from trunkline.channel import Channel
+from trunkline.cli.actions import one_place
 from trunkline.cli.checks import Check
 from trunkline.cli.embedded import SubscriptionBacklog, open_file, standing
 from trunkline.cli.letters import opened_letters
@@ -21,10 +22,10 @@ from trunkline.cli.target import load_target
 from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DefinitionError, TrunklineError
-from trunkline.inspection import Finding, Inspector, load_inspector
+from trunkline.inspection import RUN_ON_IT, Finding, Inspector, left_over, load_inspector
 from trunkline.service import System
 from trunkline.store import SetAside, Store, dead_letter_queue
-from trunkline.transport import Subscription, load_adapter, parse_address
+from trunkline.transport import Subscription, adapters, load_adapter, parse_address
 
 _STATUS = {"kept": "ok", "weak": "warn", "unknown": "warn", "broken": "fail"}
 WITHOUT = ("sqlite", "memory", "none")
@@ -102,18 +103,29 @@ async def backlogs(settings: Settings) -> list[SubscriptionBacklog]:
     if settings.app is None:
         inspector_of(settings.transport)
     found, settings = named(settings)
+    labelled = {subscription.label: subscription for subscription in found.subscriptions} | _letters(found)
     async with inspecting(settings.transport) as inspector:
-        counts = await inspector.look(found.subscriptions)
+        counts = await inspector.look(list(labelled.values()))
     aside = await _set_aside(settings)
     return [
         standing(
-            [subscription.label], subscription.channel.name, subscription.channel.kind,
+            [label], subscription.channel.name, subscription.channel.kind,
             None if count is None else count.waiting,
             None if count is None else count.in_flight,
             None, aside, now,
         )
-        for subscription, count in zip(found.subscriptions, counts, strict=True)
+        for (label, subscription), count in zip(labelled.items(), counts, strict=True)
     ]  # fmt: skip
+
+
+def _letters(found: Wanted) -> dict[str, Subscription]:
+    """Return the Queues of dead letters that the system fills and does not read itself, by their names."""
+    read = {subscription.channel.name for subscription in found.subscriptions}
+    return {
+        queue.name: Subscription(name, queue)
+        for name in dict.fromkeys(subscription.name for subscription in found.subscriptions)
+        if (queue := dead_letter_queue(name)).name in {channel.name for channel in found.channels} - read
+    }
 
 
 async def _set_aside(settings: Settings) -> dict[str, SetAside] | None:
@@ -153,6 +165,22 @@ async def inspecting(url: str) -> AsyncIterator[Inspector]:
         await inspector.close()
 
 
+async def left_over_checks(settings: Settings) -> list[Check]:
+    """Return a warning if the store's database holds messages that came there when it was the transport too."""
+    if one_place(settings):
+        return []
+    try:
+        found = await left_over(settings.store, system_clock)
+    except TrunklineError:
+        return []  # other checks say what is wrong with it
+    area = f"store {parse_address(settings.store).shown}"
+    return [Check(area, "left over", "warn", f"{found}; nobody reads them", RUN_ON_IT)] if found else []
+
+
+def _installed(scheme: str) -> bool:
+    return any(scheme in adapters(group) for group in ("trunkline.transports", "trunkline.stores"))
+
+
 async def examine(settings: Settings, system: System | None) -> tuple[list[Check], list[Finding]]:
     """Return what the servers of transport and store tell, as checks and as they told it."""
     try:
@@ -163,7 +191,7 @@ async def examine(settings: Settings, system: System | None) -> tuple[list[Check
     told: list[Finding] = []
     for url in dict.fromkeys((settings.transport, settings.store)):
         address = parse_address(url)
-        if address.scheme in WITHOUT:
+        if address.scheme in WITHOUT or not _installed(address.scheme):
             continue
         area = f"server {address.shown}"
         try:

@@ -7,8 +7,10 @@ a wrong line publishes nothing. Read next: actions.py.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,14 +29,21 @@ if TYPE_CHECKING:
 
 _WAIT = re.compile(r"\+?(\d+(?:\.\d+)?)(ms|s|min|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+_OBJECT = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+_WORD = re.compile(r"[A-Za-z_][\w.-]*")
+FORM = 'trunkline publish [MODULE:OBJECT] TYPE DATA, such as shop:system OrderPlaced \'{"order_id": "1"}\''
 LINES = (".jsonl", ".ndjson")
 
 
 def publish(  # noqa: PLR0913 - one parameter per option
-    target: Annotated[str, typer.Argument(metavar="[MODULE:OBJECT]", help="Default: `app` in trunkline.toml.")],
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="MODULE:OBJECT", help="Default: `app` in trunkline.toml.", show_default=False),
+    ] = None,
     type_name: Annotated[
-        str, typer.Argument(metavar="TYPE", help="Name such as order.created, or class OrderCreated.")
-    ],
+        str | None,
+        typer.Argument(metavar="TYPE", help="Name such as order.created, or class OrderCreated.", show_default=False),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -60,9 +69,9 @@ def publish(  # noqa: PLR0913 - one parameter per option
 
     Their ids are printed. DATA is checked by decoding it as the declared type. Nothing is sent unless all of it fits.
     """
-    if data is None:  # MODULE:OBJECT was left out
-        target, type_name, data = "", target, type_name
-    settings = load_settings(transport=transport, store=store, app=target or None)
+    given = [argument for argument in (target, type_name, data) if argument is not None]
+    app, type_name, data = arguments(given)
+    settings = load_settings(transport=transport, store=store, app=app)
     found = load_target(settings)
     declared = find_type(type_name)
     if priority and not getattr(declared.channel, "priority", False):
@@ -85,6 +94,26 @@ def publish(  # noqa: PLR0913 - one parameter per option
         typer.echo("\n".join(ids))
 
 
+def arguments(given: Sequence[str]) -> tuple[str | None, str, str]:
+    """Return (MODULE:OBJECT or None, TYPE, DATA) of one to three arguments.
+
+    Raises: typer.BadParameter if one is missing.
+
+    >>> arguments(["OrderPlaced", "{}"])
+    (None, 'OrderPlaced', '{}')
+    """
+    missing = ""
+    named = bool(given) and _OBJECT.fullmatch(given[0]) is not None
+    if len(given) < 2:  # noqa: PLR2004
+        missing = "DATA is missing" if given and not named else "TYPE and DATA are missing"
+    elif len(given) == 2 and named and _WORD.fullmatch(given[1]):  # noqa: PLR2004 - no JSON, file or stdin: a type
+        missing = "DATA is missing"
+    if missing:
+        raise typer.BadParameter(f"{missing}; the form is {FORM}")
+    data, type_name, *app = reversed(given)
+    return (app[0] if app else None), type_name, data
+
+
 def find_type(name: str) -> MessageType:
     """Return what is declared as CloudEvents type or class `name` in the imported modules.
 
@@ -95,8 +124,10 @@ def find_type(name: str) -> MessageType:
     known = message_types()
     found = [declared for declared in known if name in (declared.name, declared.cls.__name__)]
     if not found:
-        names = ", ".join(sorted(declared.name for declared in known)) or "none"
-        raise UnroutableError("E309", f"no message type {name!r}", f"declared are: {names}")
+        names = sorted(declared.name for declared in known)
+        close = difflib.get_close_matches(name, [*names, *(declared.cls.__name__ for declared in known)], 1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        raise UnroutableError("E309", f"no message type {name!r}", f"{meant}declared are: {', '.join(names) or 'none'}")
     if len(found) > 1:
         where = ", ".join(
             f"{declared.cls.__module__}.{declared.cls.__name__} on {declared.channel.name}" for declared in found

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,7 @@ from trunkline.cli.terminal import FAILED, printable
 from trunkline.config import Settings, load_settings
 from trunkline.errors import ConfigurationError, TrunklineError
 from trunkline.policies.retry import describe
+from trunkline.transport import parse_address
 
 if TYPE_CHECKING:
     from trunkline.app import App
@@ -71,8 +73,13 @@ def run(
     if reload or workers > 1:
         from trunkline.cli.supervisor import Supervisor
 
+        urls = (settings.transport, settings.store)
         if not reload:
-            _make_app(settings, only or [], transport=transport, store=store).system.check()
+            app = _make_app(settings, only or [], transport=transport, store=store)
+            app.system.check()
+            urls = (app.transport_url, app.store_url)
+        if workers > 1:
+            _check_shared(urls, workers)
         command = _worker_command(settings, only or [], transport, store, log_level)
         raise typer.Exit(Supervisor(command, workers, watch=reload).run())
     app = _make_app(settings, only or [], transport=transport, store=store)
@@ -133,6 +140,20 @@ def _make_app(settings: Settings, only: list[str], *, transport: str | None, sto
         return _as_it_is(target, target.app, only, transport, store)
     system = target.system.only(only) if only else target.system
     return App(system, settings.transport, store=settings.store)
+
+
+def _check_shared(urls: Iterable[str], workers: int) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises: ConfigurationError E251.
+    """
+    for url in urls:
+        if parse_address(url).scheme == "memory":
+            raise ConfigurationError(
+                "E251",
+                f"{url} is the memory of one process; each of {workers} would have messages of its own",
+                "leave out --workers, or name a file or a broker: --transport sqlite:///NAME.db",
+            )
 
 
 def _as_it_is(target: Target, app: App, only: list[str], transport: str | None, store: str | None) -> App:

@@ -84,8 +84,8 @@ class OrderRefused(Struct):
 
 service = Service("NAME")
 service.schema(
-    "CREATE TABLE IF NOT EXISTS stock (id INTEGER PRIMARY KEY CHECK (id = 1), left INTEGER NOT NULL)",
-    "INSERT OR IGNORE INTO stock VALUES (1, 100)",
+    "CREATE TABLE IF NOT EXISTS stock (id INTEGER PRIMARY KEY CHECK (id = 1), units INTEGER NOT NULL)",
+    "INSERT INTO stock VALUES (1, 100) ON CONFLICT DO NOTHING",
 )
 
 
@@ -94,7 +94,7 @@ async def confirm(order: OrderPlaced, ctx: Context) -> OrderConfirmed | OrderRef
     """Take the order out of stock. The update and the answer are one commit: both happen once, or neither."""
     transaction = await ctx.transaction()
     taken = await transaction.execute(
-        "UPDATE stock SET left = left - ?1 WHERE left >= ?1", (order.quantity,)
+        "UPDATE stock SET units = units - ? WHERE units >= ?", (order.quantity, order.quantity)
     )
     if taken:
         return OrderConfirmed(order.order_id)
@@ -167,6 +167,8 @@ _README = """\
 # NAME
 
 A service that confirms orders while the stock lasts, on Trunkline.
+
+In the environment in which Trunkline is installed (`pip install /path/to/the/clone`):
 
 ```sh
 pip install -e . pytest

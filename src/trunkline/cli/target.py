@@ -49,6 +49,22 @@ def load_target(settings: Settings) -> Target:
     from trunkline.app import App
     from trunkline.service import Service, System
 
+    name, found = load_object(settings)
+    match found:
+        case System():
+            return Target(name, found)
+        case Service():
+            return Target(name, System(found.name, [found]))
+        case App():
+            return Target(name, found.system, found)
+    raise ConfigurationError("E214", f"{name} is a {type(found).__name__}", "a System, Service or App is needed")
+
+
+def load_object(settings: Settings) -> tuple[str, Any]:
+    """Import what `settings.app` names, whatever it is; return its name too. The current folder is on the path.
+
+    Raises: ConfigurationError E210 to E213; DefinitionError as raised by the user's declarations.
+    """
     name = settings.app
     if not name:
         raise ConfigurationError(
@@ -62,14 +78,7 @@ def load_target(settings: Settings) -> Target:
     found: Any = _import(module_name)
     for attribute in path.split("."):
         found = _attribute(found, attribute, name)
-    match found:
-        case System():
-            return Target(name, found)
-        case Service():
-            return Target(name, System(found.name, [found]))
-        case App():
-            return Target(name, found.system, found)
-    raise ConfigurationError("E214", f"{name} is a {type(found).__name__}", "a System, Service or App is needed")
+    return name, found
 
 
 def _import(name: str) -> ModuleType:

@@ -7,10 +7,11 @@ Read next: commands.py.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAILED, USAGE, TEMPORARY = 1, 2, 75
+WRONG_ARGUMENTS = frozenset({"E306", "E308", "E309", "E310", "E311"})
+"""What `trunkline publish` refuses before it looks at the payload: no second start mends these either."""
 GAP = 3
 """Spaces between the columns of a table."""
 PIPE_WIDTH = 1000
 """Width where no terminal limits it, so that `grep` sees whole lines."""
 
+_PADDING = re.compile(r" +$", re.MULTILINE)
+
 
 def exit_code(error: TrunklineError) -> int:
-    """Return 2 for what no restart mends (configuration, declarations), 75 for what may pass, else 1."""
-    if isinstance(error, ConfigurationError | DefinitionError):
+    """Return 2 for what no restart mends (usage, configuration, declarations), 75 for what may pass, else 1."""
+    if isinstance(error, ConfigurationError | DefinitionError) or error.code in WRONG_ARGUMENTS:
         return USAGE
     return TEMPORARY if error.retryable else FAILED
 
@@ -84,7 +89,28 @@ def _console(*, stderr: bool) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return QuietConsole(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    file: Any = None if stream.isatty() else _Unpadded(stream)
+    return QuietConsole(
+        file=file, stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False
+    )
+
+
+class _Unpadded:
+    """A file or pipe, without the blanks that fill the last column of a table.
+
+    Args:
+        stream: where it goes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write whole lines."""
+        return self._stream.write(_PADDING.sub("", text))
 
 
 def table(*headers: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:

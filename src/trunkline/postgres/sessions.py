@@ -78,9 +78,12 @@ class Sessions:
             await self._made(self.writer)
             if not settings.pooled:
                 await self._reader.add_listener(self.channel, self._notified)
-            if self._pool is None:
+            pooled = arguments(settings, self._name, {})
+            if self._pool is not None:
+                self._pool.set_connect_args(**pooled)
+            else:
                 self._pool = await asyncpg.create_pool(
-                    **arguments(settings, self._name, {}),
+                    **pooled,
                     min_size=0,
                     max_size=settings.pool,
                     max_inactive_connection_lifetime=60,

@@ -17,7 +17,7 @@ import msgspec
 
 from trunkline.errors import ConfigurationError, StoreFullError, StoreLostError, TransportError
 from trunkline.link import TIMEOUT_S, Options
-from trunkline.transport import Address
+from trunkline.transport import Address, Credentials
 
 LEASE_S = 10.0
 """A process that has not shown a sign of life for so long is taken over, even if its connection stands."""
@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True):
     """A database and how to use it.
 
     Attributes:
+        credentials: read anew for each connection.
         schema: in which all tables are; `prefix` in the URL, as on every broker.
         pool: see POOL. statement_cache: see STATEMENTS. lease_s: see LEASE_S.
         timeout_s: how long a start or a publish waits for the server.
@@ -57,8 +58,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     shown: str
     hosts: tuple[tuple[str, int], ...]
-    user: str | None
-    password: str | None
+    credentials: Credentials
     database: str
     schema: str
     timeout_s: float
@@ -98,12 +98,11 @@ def read_settings(address: Address) -> Settings:
     settings = Settings(
         address.shown,
         tuple((name, port or 5432) for name, port in address.hosts) or (("localhost", 5432),),
-        address.user,
-        address.password,
+        address.credentials,
         database,
         schema,
         options.seconds("timeout_s", TIMEOUT_S),
-        options.seconds("lease_s", LEASE_S),
+        options.lease(LEASE_S),
         options.number("pool", POOL),
         options.number("statement_cache", STATEMENTS, least=0),
         options.choice("sslmode", SSL_MODES, "verify-full" if ca else "prefer"),
@@ -173,8 +172,9 @@ def arguments(settings: Settings, sessions: str, server_settings: Mapping[str, s
     return {
         "host": [name for name, _ in settings.hosts],
         "port": [port for _, port in settings.hosts],
-        "user": settings.user,
-        "password": settings.password,
+        "user": settings.credentials.user,
+        # asyncpg asks for it at each connection, those that a pool makes later among them.
+        "password": None if settings.credentials.password is None else lambda: settings.credentials.password,
         "database": settings.database,
         "ssl": _tls(settings),
         "timeout": settings.timeout_s,

@@ -26,7 +26,11 @@ from trunkline.transport import LIVE, Address, Delivery, Staged, Subscription, T
 
 
 class MemoryStore:
-    """Store of one App."""
+    """Store of one App.
+
+    Attributes:
+        tables: the user's, once there are any.
+    """
 
     remembers = True
     keeps = True
@@ -47,13 +51,13 @@ class MemoryStore:
         self._place: Callable[[Sequence[Staged]], None] | None = None
         self._live: dict[str, tuple[set[str], Any]] = {}
         self._lock = asyncio.Lock()
-        self._tables: apsw.Connection | None = None
+        self.tables: apsw.Connection | None = None
 
     async def start(self, transport: Transport, subscriptions: Sequence[Subscription]) -> bool:
         """Get ready; see Store."""
         self._place = getattr(transport, "place", None)
         for subscription in subscriptions:
-            self._inbox[subscription.label] = set()
+            self._inbox.setdefault(subscription.label, set())
             self._parked.add_subscription(subscription)
         readers = getattr(transport, "readers", {})
         self._live = {s.label: (self._inbox[s.label], readers.get(s.label)) for s in subscriptions}
@@ -61,9 +65,9 @@ class MemoryStore:
 
     async def stop(self) -> None:
         """Forget the user's tables."""
-        if self._tables is not None:
-            self._tables.close()
-            self._tables = None
+        if self.tables is not None:
+            self.tables.close()
+            self.tables = None
 
     async def run_schema(self, statements: Sequence[str]) -> None:
         """Make the user's tables; see Store."""
@@ -73,10 +77,14 @@ class MemoryStore:
                 connection.execute(statement)
 
     def _connection(self) -> apsw.Connection:
-        if self._tables is None:
-            self._tables = apsw.Connection(":memory:")
-            self._tables.execute("PRAGMA foreign_keys=ON")
-        return self._tables
+        if self.tables is None:
+            self.tables = apsw.Connection(":memory:")
+            self.tables.execute("PRAGMA foreign_keys=ON")
+        return self.tables
+
+    def rows(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
+        """Return the rows of a query on the user's tables."""
+        return self._connection().execute(sql, parameters).fetchall()
 
     # --- the unit of work ---
 
@@ -188,6 +196,10 @@ class MemoryStore:
 
     async def rollback(self, unit: Unit) -> None:
         """Undo the handler's transaction; see Store."""
+        self.undo(unit)
+
+    def undo(self, unit: Unit) -> None:
+        """Undo what the transaction of `unit` wrote, if it has one."""
         if unit.transaction is not None:
             unit.transaction.end()
             unit.transaction = None
@@ -247,15 +259,24 @@ class MemoryStore:
     async def parked_due(
         self,
         subscription: Subscription,
-        owns: Callable[[int], bool],  # noqa: ARG002 - one process owns everything
+        owns: Callable[[int], bool],
         now: float,
         limit: int,
         running: set[str],
+        taker: object = "",
     ) -> tuple[list[Delivery], float | None]:
-        """Return what may run now; see Store."""
+        """Return what may run now; see Store.
+
+        Args:
+            taker: process that it runs in, where a simulation has several on one store; see `give_back`.
+        """
         label = subscription.label
         held = {row.key for row, _ in self._dead.values() if row.holds and row.subscription == label}
-        return self._parked.due(label, now, limit, lambda key: key in held or key in running)
+
+        def blocked(delivery: Delivery) -> bool:
+            return delivery.key in held or delivery.key in running or not owns(delivery.partition)
+
+        return self._parked.due(label, now, limit, blocked, taker)
 
     async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:
         """Return dead letters; see Store."""
@@ -311,12 +332,19 @@ class MemoryStore:
         limit: int,
     ) -> tuple[list[OutboxRow], float | None]:
         """Take what is to be sent now; see Store."""
+        self._take_back()
         rows: list[OutboxRow] = []
         while self._outbox and self._outbox[0][0] <= now and len(rows) < limit:
             item = heappop(self._outbox)
             self._sending[item[1]] = item
             rows.append(OutboxRow(item[1], item[2].channel.name, item[2].message))
         return rows, self._outbox[0][0] if self._outbox else None
+
+    def _take_back(self) -> None:
+        """Let what was taken and not sent wait again: whoever asks for more has failed with it."""
+        for item in self._sending.values():
+            heappush(self._outbox, item)
+        self._sending.clear()
 
     async def outbox_sent(self, rows: Sequence[int]) -> None:
         """Forget what was sent; see Store."""
@@ -330,6 +358,18 @@ class MemoryStore:
 
     async def tidy(self) -> None:
         """Do nothing: a test ends before the inbox window does."""
+
+    def give_back(self, taker: object) -> None:
+        """Give back the parked messages that a process had taken that is gone; see parked_due."""
+        self._parked.give_back(taker)
+
+    def unsent(self) -> list[Staged]:
+        """Return what waits in the outbox, the messages that are being sent included."""
+        return [item[2] for item in (*self._outbox, *self._sending.values())]
+
+    def parked_count(self) -> int:
+        """Return how many messages wait for their next try, or behind one that does."""
+        return self._parked.count()
 
     def on_staged(self, callback: Callable[[], None]) -> None:
         """See Store."""

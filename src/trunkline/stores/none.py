@@ -174,7 +174,7 @@ class NoStore:
         running: set[str],
     ) -> tuple[list[Delivery], float | None]:
         """Return what may run now; see Store."""
-        return self._parked.due(subscription.label, now, limit, running.__contains__)
+        return self._parked.due(subscription.label, now, limit, lambda delivery: delivery.key in running)
 
     async def dead_letters(self, subscription: str | None = None, limit: int = 1000) -> list[DeadLetterRow]:  # noqa: ARG002
         """Return nothing: dead letters are messages of a Queue here, see `dead_letter_queue`."""

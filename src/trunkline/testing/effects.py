@@ -29,7 +29,7 @@ class EffectTable:
         self.name = name
         self._address = parse_address(store)
         self._file = self._address.path.removeprefix("/")
-        self._sqlite = self._address.scheme == "sqlite"
+        self._sqlite = self._address.scheme != "postgresql"
         number = "INTEGER PRIMARY KEY AUTOINCREMENT" if self._sqlite else "BIGSERIAL PRIMARY KEY"
         self.schema = f"CREATE TABLE IF NOT EXISTS {name} (n {number}, {_ROW})"
         places = "?, ?, ?, ?" if self._sqlite else "$1, $2, $3, $4"

@@ -27,15 +27,18 @@ class Process:
 
     Args:
         log: for its stderr; `log` with the suffix `.out` gets its stdout.
+        through: a command that becomes the one after it, such as `HostName.command()`.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], log: Path, clock: Clock = system_clock) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], log: Path, clock: Clock = system_clock, through: Sequence[str] = ()
+    ) -> None:
         self.log = log
         self._clock = clock
         self._out = log.with_suffix(".out")
         with log.open("ab") as errors, self._out.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", module, *arguments],
+                [*through, sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,

@@ -31,6 +31,7 @@ class Toxics(msgspec.Struct):
         cut_after: a connection is reset when so many bytes have passed in either direction, drawn anew for each
             connection between these two; None lets it live.
         swallow: nothing passes, and nobody is told: a half-open connection.
+        mute: what the broker says does not pass, and nobody is told; what is said to it does.
         down: new connections are refused.
     """
 
@@ -40,6 +41,7 @@ class Toxics(msgspec.Struct):
     bytes_per_s: int = 0
     cut_after: tuple[int, int] | None = None
     swallow: bool = False
+    mute: bool = False
     down: bool = False
 
 
@@ -100,16 +102,12 @@ class Proxy:
 
     def url(self, url: str) -> str:
         """Return a broker's URL with the proxy's address in place of its hosts."""
-        head, slashes, rest = url.partition("://")
-        end = min((rest.find(sign) for sign in "/?" if sign in rest), default=len(rest))
-        place, tail = rest[:end], rest[end:]
-        credentials, at, _ = place.rpartition("@")
-        return f"{head}{slashes}{credentials}{at}127.0.0.1:{self.port}{tail}"
+        return at_place(url, f"127.0.0.1:{self.port}")
 
     # --- what is done to connections that are open ---
 
     def heal(self) -> None:
-        """Take all toxics away; connections that were made half-open stay so."""
+        """Take all toxics away; connections of which something was lost stay as they are."""
         self.toxics = Toxics()
 
     def reset(self) -> None:
@@ -162,6 +160,7 @@ class Connection:
 
     def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draws: Draws) -> None:
         self.swallowed = False
+        self.muted = False
         self.proxy = proxy
         self.to_client = writer
         self._reader = reader
@@ -196,6 +195,9 @@ class Connection:
                 if self.swallowed or proxy.toxics.swallow:
                     self.swallowed = True  # what is lost in the middle of a connection cannot be made good
                     continue
+                if target is self.to_client and (self.muted or proxy.toxics.mute):
+                    self.muted = True
+                    continue
                 if self._left is not None:
                     piece = piece[: self._left]
                     self._left -= len(piece)
@@ -224,3 +226,15 @@ class Connection:
 
 
 Proxy.connection = Connection
+
+
+def at_place(url: str, place: str) -> str:
+    """Return a broker's URL with `host:port` in place of its hosts.
+
+    >>> at_place("amqp://user:secret@one,two/shop", "127.0.0.1:9")
+    'amqp://user:secret@127.0.0.1:9/shop'
+    """
+    head, slashes, rest = url.partition("://")
+    end = min((rest.find(sign) for sign in "/?" if sign in rest), default=len(rest))
+    credentials, at, _ = rest[:end].rpartition("@")
+    return f"{head}{slashes}{credentials}{at}{place}{rest[end:]}"

@@ -12,13 +12,14 @@ import os
 import resource
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from trunkline.app import App, Running
-from trunkline.clock import Draws, system_clock
+from trunkline.clock import Clock, Draws, system_clock
 from trunkline.errors import PublishError, StoreFullError, TransportError
 from trunkline.handler import Context
 from trunkline.policies.retry import Retry
@@ -103,6 +104,19 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+class Host(msgspec.Struct, frozen=True):
+    """Where a worker runs; another one in a simulation.
+
+    Attributes:
+        say: tells whoever started it something.
+        pid: number of the process, for its effects.
+    """
+
+    clock: Clock = system_clock
+    say: Callable[[str], None] = say
+    pid: Callable[[], int] = os.getpid
+
+
 def resident_bytes() -> int:
     """Return the memory of this process; where /proc is not, the most that it ever was."""
     try:
@@ -115,8 +129,9 @@ def resident_bytes() -> int:
 class Consumer:
     """The handlers of a consumer."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, host: Host) -> None:
         self.plan = plan
+        self.host = host
         self.journal = Journal(plan.journal)
         self.begun = 0
         self.table = EffectTable(plan.store, plan.table) if plan.table else None
@@ -150,10 +165,10 @@ class Consumer:
         self.begun += 1
         self.journal.add(Kind.DELIVERED, message.producer, key, message.seq)
         if plan.stall == "handler":
-            say("stalled")
+            self.host.say("stalled")
             await asyncio.Event().wait()
         if plan.work_s:
-            await system_clock.sleep(plan.work_s)
+            await self.host.clock.sleep(plan.work_s)
         # The first of all tries, not of this process's: a message whose tries are in four processes would be buried.
         if plan.fail_every and message.seq % plan.fail_every == 0 and not ctx.attempt:
             raise RuntimeError("this handler fails once")
@@ -161,7 +176,7 @@ class Consumer:
             ctx.publish(self.forward.message(message.seq, message.key, producer=message.producer))
         if self.table is not None:
             tx = await ctx.transaction()
-            await self.table.add(tx, message.producer, key, message.seq, os.getpid())
+            await self.table.add(tx, message.producer, key, message.seq, self.host.pid())
         else:
             self.journal.add(Kind.EFFECT, message.producer, key, message.seq)
 
@@ -169,8 +184,9 @@ class Consumer:
 class Publisher:
     """Publishes numbered messages and journals what it was told; its numbers go on after those of its journal."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, host: Host) -> None:
         self.plan = plan
+        self.host = host
         self.service = Service(plan.name)
         self.begun = 0
         self.draws = Draws(plan.seed)
@@ -193,7 +209,7 @@ class Publisher:
                         group.create_task(self.lane(running, line, f"key{key}"))
         finally:
             self.journal.add(Kind.END, self.plan.name)
-        say("done")
+        self.host.say("done")
 
     async def lane(self, running: Running, line: Line, key: str) -> None:
         """Publish the messages of one key, one after the other."""
@@ -203,7 +219,7 @@ class Publisher:
             try:
                 await asyncio.shield(publish)
                 if self.plan.pause_s:
-                    await system_clock.sleep(self.draws.uniform(0, 2 * self.plan.pause_s))
+                    await self.host.clock.sleep(self.draws.uniform(0, 2 * self.plan.pause_s))
             except asyncio.CancelledError:
                 self._stopping = True
                 await publish
@@ -238,11 +254,11 @@ def add_looks(work: Consumer | Publisher, plan: Plan) -> None:
         if plan.stall in {"settle", "send"}:
 
             async def stand_still(_messages: object) -> None:
-                say("stalled")
+                work.host.say("stalled")
                 await asyncio.Event().wait()
 
             setattr(app.transport, plan.stall, stand_still)
-        say("ready")
+        work.host.say("ready")
         encode = msgspec.json.encode
         with Path(f"{plan.journal}.looks").open("ab", buffering=0) as file:  # noqa: ASYNC230 - a process of a test
             while True:
@@ -253,18 +269,23 @@ def add_looks(work: Consumer | Publisher, plan: Plan) -> None:
                 else:
                     waiting = sum(one.waiting for one in backlog.values())
                     in_flight = sum(one.in_flight for one in backlog.values())
-                    now = Look(system_clock.now(), resident_bytes(), work.begun, waiting, in_flight)
+                    now = Look(work.host.clock.now(), resident_bytes(), work.begun, waiting, in_flight)
                     file.write(encode(now) + b"\n")
-                await system_clock.sleep(LOOK_S)
+                await work.host.clock.sleep(LOOK_S)
+
+
+def app_of(plan: Plan, host: Host) -> App:
+    """Return the App of a worker, not yet started."""
+    work = Consumer(plan, host) if plan.role == "consume" else Publisher(plan, host)
+    add_looks(work, plan)
+    return App(work.service, plan.transport, store=plan.store, clock=host.clock, grace_s=plan.grace_s)
 
 
 def main(arguments: list[str]) -> None:
     """Run one worker until SIGTERM."""
     plan = msgspec.json.decode(arguments[0], type=Plan)
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {plan.name} {os.getpid()} %(message)s")
-    work = Consumer(plan) if plan.role == "consume" else Publisher(plan)
-    add_looks(work, plan)
-    App(work.service, plan.transport, store=plan.store, grace_s=plan.grace_s).run()
+    app_of(plan, Host()).run()
 
 
 if __name__ == "__main__":

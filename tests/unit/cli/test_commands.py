@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from trunkline import __version__, cli
 from trunkline.cli import commands
 from trunkline.cli.terminal import exit_code, printable
-from trunkline.errors import ConfigurationError, DecodeError, DefinitionError, LeaseLostError
+from trunkline.errors import ConfigurationError, DecodeError, DefinitionError, LeaseLostError, UnroutableError
 
 MODULES = sorted(path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py"))
-COMMANDS = ["run", "topology", "publish", "tail", "backlog", "parked", "dead", "doctor", "new"]
+COMMANDS = ["run", "topology", "simulate", "publish", "tail", "backlog", "parked", "dead", "doctor", "new"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -96,6 +96,8 @@ def test_a_value_that_does_not_fit_is_told_in_plain_words(arguments, text):
         (DefinitionError("E1", "x"), 2),
         (LeaseLostError("E505", "x"), 75),
         (DecodeError("E4", "x"), 1),
+        (UnroutableError("E309", "x"), 2),
+        (UnroutableError("E303", "x"), 1),
     ],
 )
 def test_exit_codes_tell_what_a_supervisor_should_do(error, code):

@@ -24,6 +24,11 @@ def test_all_is_well_while_a_service_runs(project):
     assert processes["found"].startswith("1 alive: pid ")
 
 
+def test_no_line_in_a_pipe_ends_with_blanks(project):
+    shown = project.cli("doctor", "shop:system").out
+    assert [line for line in shown.splitlines() if line != line.rstrip()] == []
+
+
 def test_each_link_says_what_is_kept(project):
     report = project.json("doctor", "shop:system")
     links = {(link["sender"], link["channel"], link["receiver"]): link for link in report["links"]}
@@ -63,10 +68,17 @@ def test_a_directory_in_place_of_the_file_is_wrong(project):
     assert "data is a directory" in project.cli("doctor", "--transport", "sqlite:///data", code=1).out
 
 
-def test_an_unknown_transport_is_wrong(project):
+def test_an_unknown_transport_is_wrong_once_and_not_its_store_and_server_too(project):
     shown = project.cli("doctor", "--transport", "nope://x", code=1).out
     assert "E202 no transport for 'nope'" in shown
-    assert shown.count("installed are") == 2  # the hint once for the transport and once for its store
+    assert "no store for 'nope'" not in shown
+    assert "server nope://x" not in shown
+    assert shown.endswith("\n1 wrong, 0 to look at\n")
+
+
+def test_an_unknown_store_is_wrong_beside_a_transport_that_is_not(project):
+    shown = project.cli("doctor", "--store", "nope://x", code=1).out
+    assert "E202 no store for 'nope'" in shown
 
 
 def test_declarations_that_cannot_run_are_wrong(project):

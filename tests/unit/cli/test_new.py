@@ -49,6 +49,13 @@ def test_the_commands_of_its_readme_come_to_an_end(project):
     assert [arguments[1] for arguments in commands][-2:] == ["dead", "doctor"]
 
 
+def test_its_readme_says_in_which_environment_it_is_installed(project):
+    project.cli("new", "order-desk")
+    readme = (project.folder / "order-desk" / "README.md").read_text()
+    before, _, _ = readme.partition("pip install -e . pytest")
+    assert "In the environment in which Trunkline is installed" in before
+
+
 def test_it_runs_with_its_own_settings(project):
     project.cli("new", "order-desk")
     project.folder = project.folder / "order-desk"

@@ -85,6 +85,16 @@ def test_the_doctor_says_what_is_missing_without_a_store(project):
     assert "at least once: effects may happen twice" in report
 
 
+def test_the_doctor_says_what_waits_in_a_file_that_was_the_transport(project):
+    with project.running("shop:system"):
+        pass
+    project.cli("publish", "shop:system", "Headline", '{"text": "a"}')
+    places = ("-t", f"{NOWHERE}?timeout_s=1", "-s", "sqlite:///trunkline.db")
+    shown = project.cli("doctor", "shop:system", *places, code=1).out
+    assert "trunkline.db still holds 1 message of its own transport: shipping@news 1" in shown
+    assert "left over" not in project.cli("doctor", "shop:system").out
+
+
 orders = Stream("letters-orders", key="order_id")
 
 

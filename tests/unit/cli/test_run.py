@@ -42,6 +42,14 @@ def test_it_handles_messages_and_a_signal_ends_it_with_0(project):
     assert "Traceback" not in project.log()
 
 
+def test_sigterm_ends_a_start_that_waits_for_its_broker(project):
+    url = "amqp://127.0.0.1:1/?timeout_s=3600"
+    arguments = ("shop:system", "--transport", url, "--store", "sqlite:///own.db")
+    with project.running(*arguments, started="no connection") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
 def test_only_runs_the_named_service(project):
     with project.running("shop:system", "--only", "shipping"):
         assert {row["subscription"] for row in project.json("backlog")} == {"shipping@jobs", "shipping@news"}
@@ -62,6 +70,21 @@ def test_an_app_brings_its_own_transport(project):
         assert (project.folder / "own.db").exists()
     assert not (project.folder / "trunkline.db").exists()
     assert "E215" in project.cli("run", "own:app", "--transport", "sqlite:///x.db", code=2).err
+
+
+def test_a_start_names_the_store_that_is_not_the_transports_own(project):
+    with project.running("shop:system", "--store", "sqlite:///state.db", started="runs on"):
+        pass
+    assert "shop runs on sqlite:///trunkline.db with the store sqlite:///state.db: payment, shipping\n" in project.log()
+
+
+@pytest.mark.parametrize("more", [[], ["--reload"], ["--transport", "sqlite:///a.db", "--store", "memory:"]])
+def test_memory_is_not_shared_by_several_workers(project, more):
+    places = more if "--store" in more else ["--transport", "memory:", *more]
+    assert (
+        "E251 memory: is the memory of one process; each of 2"
+        in project.cli("run", "shop:system", "--workers", "2", *places, code=2).err
+    )
 
 
 @pytest.mark.parametrize("workers", [[], ["--workers", "2"]])

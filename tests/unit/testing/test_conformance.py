@@ -8,10 +8,12 @@ import pytest
 
 from trunkline import App, Service
 from trunkline.testing import Entry, Kind
-from trunkline.testing.conformance import Bench, cases, result_of
+from trunkline.testing.conformance import Bench, Controls, cases, result_of
+from trunkline.testing.conformance import __main__ as command_line
 from trunkline.testing.conformance import registry as registry_module
+from trunkline.testing.conformance.secret import Secret
 from trunkline.testing.effects import EffectTable
-from trunkline.transport import Backlog, Staged
+from trunkline.transport import Backlog, Staged, parse_address
 from trunkline.transports.memory import MemoryTransport, Reader
 
 CASES = {case.name: case for case in cases()}
@@ -112,11 +114,54 @@ async def test_what_does_not_apply_says_why(tmp_path):
     assert result.note == "durable: the transport keeps nothing beyond the process"
 
 
+@pytest.mark.parametrize(
+    ("url", "given", "able"),
+    [
+        ("amqp://u:p@host", {}, {"name"}),
+        ("kafka://u:p@host", {}, set()),
+        ("kafka://host", {"name": "broker.test", "rotate": print}, {"name"}),
+        ("kafka://u:p@host", {"rotate": print}, {"rotate"}),
+    ],
+)
+def test_names_and_passwords_change_where_the_bench_was_told_how(url, given, able, tmp_path):
+    bench = Bench(url, "memory:", folder=tmp_path, controls=Controls(**given))
+    assert {need for need in ("name", "rotate") if bench.can(need)} == able
+
+
+async def test_a_secret_is_in_no_url_and_the_broker_takes_the_first_one_again_at_the_end():
+    taken = []
+
+    async def rotate(password):
+        taken.append(password)
+
+    secret = Secret("amqp://shop:first%21@host:1/v?prefix=a", rotate, "c1")
+    assert secret.url == "amqp://shop:${TRUNKLINE_C1}@host:1/v?prefix=a"
+    address = parse_address(secret.url)
+    passwords = [address.password]
+    await secret.change()
+    passwords.append(address.password)
+    await secret.tell()
+    passwords.append(address.password)
+    await secret.change()
+    await secret.restore()
+    await secret.end()
+    assert passwords == ["first!", "first!", "first!-1"]
+    assert taken == ["first!-1", "first!-2", "first!-1", "first!"]
+
+
 def test_every_case_says_what_it_shows_and_only_needs_what_is_explained():
     for case in cases():
         assert case.guarantee.endswith("."), case.name
         assert case.group in {"core", "order", "failure", "load"}
         assert set(case.needs) <= set(registry_module.NEEDS)
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_the_list_has_every_name_whole_however_narrow_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.argv", ["conformance", "memory:", "--list"])
+    assert command_line.main() == 0
+    assert set(CASES) <= set(capsys.readouterr().out.split())
 
 
 def test_a_need_that_nobody_explains_is_refused():

@@ -111,6 +111,22 @@ async def test_a_half_open_connection_stands_and_says_nothing_while_new_ones_wor
             assert await other.readexactly(1) == b"z"
 
 
+async def test_a_muted_broker_hears_and_is_not_heard():
+    async with echo() as proxy, connected(proxy) as (reader, writer):
+        proxy.toxics.mute = True
+        writer.write(b"unheard")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+        assert proxy.passed == len(b"unheard")
+        proxy.heal()
+        writer.write(b"still unheard")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+        async with connected(proxy) as (other, others_writer):
+            others_writer.write(b"x")
+            assert await other.readexactly(1) == b"x"
+
+
 async def test_down_refuses_new_connections_and_heal_lets_them_in_again():
     async with echo() as proxy:
         proxy.toxics.down = True

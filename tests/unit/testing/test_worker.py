@@ -6,7 +6,7 @@ from tests.unit.rig import Rig, until
 from trunkline.clock import ManualClock
 from trunkline.testing.ledger import Kind, read_journal
 from trunkline.testing.lines import Line, Spec
-from trunkline.testing.worker import Consumer, Plan
+from trunkline.testing.worker import Consumer, Host, Plan
 
 
 @pytest.mark.blocking_calls("workers write their journals at once")
@@ -20,7 +20,7 @@ async def test_a_handler_fails_once_for_a_message_however_many_processes_try_it(
     def seen(kind):
         return sum(1 for entry in read_journal(tmp_path / "j") if entry.kind is kind)
 
-    first, second = Consumer(plan), Consumer(plan)
+    first, second = Consumer(plan, Host()), Consumer(plan, Host())
     async with rig.run(first.service) as app:
         await app.publish(Line(spec).message(97, "key0", producer="p"))
         await until(lambda: "parked" in rig.kinds())

@@ -3,14 +3,15 @@
 import asyncio
 from datetime import timedelta
 
+import apsw
 import pytest
 
 from tests.unit.rig import until
 from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
 from trunkline.engine import query
 from trunkline.engines import LOG_BYTES, _grow_log
-from trunkline.errors import ConfigurationError
-from trunkline.transports.sqlite.tables import FREE
+from trunkline.errors import ConfigurationError, TransportError
+from trunkline.transports.sqlite.tables import FREE, SCHEMA, log_place, position_before
 
 entries = Stream("shared-entries", key="lane")
 errands = Queue("shared-errands")
@@ -89,6 +90,41 @@ async def test_positions_of_a_stream_go_on_after_all_of_it_was_trimmed(tmp_path,
             assert query(app.transport.engine.reader, "SELECT max(place) & 0xffffffffff FROM trunkline_log") == [(6,)]
     finally:
         entries.retention_s = None
+
+
+async def test_a_replay_from_a_time_that_was_trimmed_begins_with_what_is_left(tmp_path, clock):
+    url, begin = f"sqlite:///{tmp_path}/replay.db", clock.utc() + timedelta(seconds=30)
+    replay, seen = Service("replay"), []
+
+    @replay.handle(start=begin)
+    async def note(entry: Entry) -> None:
+        seen.append(entry.number)
+
+    entries.retention_s = 10.0
+    try:
+        async with App(Service("anyone"), url, clock=clock) as app:
+            await app.publish_all([Entry("a", number) for number in range(5)])
+            await clock.advance(60.0)
+            await app.publish_all([Entry("a", number) for number in range(5, 8)])
+            await app.transport.tidy()
+        async with App(replay, url, clock=clock):
+            await until(lambda: len(seen) >= 3)
+    finally:
+        entries.retention_s = None
+    assert seen == [5, 6, 7]
+
+
+def test_a_time_is_found_in_a_long_log_by_looking_at_few_rows():
+    connection = apsw.Connection(":memory:")
+    connection.execute(SCHEMA)
+    rows = ((log_place(7, number), 0, number // 10, b"") for number in range(1, 100_001))
+    connection.executemany("INSERT INTO trunkline_log VALUES (?, ?, ?, ?)", rows)
+    looks = []
+    connection.set_exec_trace(lambda _, sql, bindings: looks.append(sql) or True)
+    assert position_before(connection, 7, 100_000, 5_000) == 49_999
+    assert position_before(connection, 7, 100_000, 0) == 0
+    assert position_before(connection, 7, 100_000, 10_001) == 100_000
+    assert len(looks) < 60
 
 
 async def test_the_log_has_its_length_from_the_start_and_the_file_is_sound(tmp_path, caplog):
@@ -209,3 +245,14 @@ async def test_of_two_apps_of_a_process_one_relays_a_channel_and_keeps_what_it_t
         assert (await two.store.outbox_due(channels, clock.now(), 10))[0] == rows
         await two.store.outbox_sent([row.number for row in rows])
         assert not two.store._outbox.rows
+
+
+async def test_a_file_that_somebody_keeps_locked_is_told_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("trunkline.engine.OPEN_WAIT_S", 0.05)
+    path = tmp_path / "locked.db"
+    async with App(Service("first"), f"sqlite:///{path}"):
+        pass
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(TransportError, match="E504"):
+        await App(Service("second"), f"sqlite:///{path}").start()

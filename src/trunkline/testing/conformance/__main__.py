@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from trunkline.errors import TrunklineError
 from trunkline.testing.conformance import Bench, Case, Controls, Result, cases, result_of
@@ -23,17 +25,23 @@ from trunkline.transport import parse_address
 STYLES = {"passed": "green", "failed": "bold red", "n/a": "dim"}
 
 
+async def shell(line: str, **variables: str) -> None:
+    """Run a shell command; raise RuntimeError if it fails."""
+    process = await asyncio.create_subprocess_shell(
+        line, stdout=asyncio.subprocess.DEVNULL, env={**os.environ, **variables}
+    )
+    if await process.wait():
+        raise RuntimeError(f"{line!r} ended with {process.returncode}")
+
+
 def command(line: str | None) -> Callable[[], Awaitable[None]] | None:
     """Return a function that runs a shell command, or None."""
-    if line is None:
-        return None
+    return None if line is None else partial(shell, line)
 
-    async def run() -> None:
-        process = await asyncio.create_subprocess_shell(line, stdout=asyncio.subprocess.DEVNULL)
-        if await process.wait():
-            raise RuntimeError(f"{line!r} ended with {process.returncode}")
 
-    return run
+def rotation(line: str | None) -> Callable[[str], Awaitable[None]] | None:
+    """Return a function that runs a shell command with a password in its environment, or None."""
+    return None if line is None else lambda password: shell(line, PASSWORD=password)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,12 +59,17 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--restart", metavar="COMMAND", help="restarts the broker and waits until it answers")
     root.add_argument("--kill", metavar="COMMAND", help="kills the broker")
     root.add_argument("--resume", metavar="COMMAND", help="starts it again and waits until it answers")
+    root.add_argument("--rotate", metavar="COMMAND", help="has the broker take $PASSWORD, cuts its user's connections")
+    root.add_argument("--name", help="host name by which the broker tells clients where it is, as Kafka does")
     return root
 
 
 async def run(options: argparse.Namespace, chosen: list[Case], say: Callable[[Result], None]) -> Report:
     """Run the chosen cases, one after the other."""
-    controls = Controls(command(options.restart), command(options.kill), command(options.resume))
+    controls = Controls(
+        command(options.restart), command(options.kill), command(options.resume), rotate=rotation(options.rotate),
+        name=options.name,
+    )  # fmt: skip
     results = []
     with tempfile.TemporaryDirectory() as folder:
         bench = None
@@ -91,10 +104,12 @@ def short(note: str) -> str:
 
 
 def listing(chosen: list[Case]) -> Table:
-    """Return the cases as a table."""
-    table = Table("group", "case", "what it shows", "needs")
+    """Return the cases as a table; their names are whole however narrow it is, for `--case` takes them."""
+    table = Table(Column("case", no_wrap=True, min_width=max(len(case.name) for case in chosen)))
+    for header in ("group", "what it shows", "needs"):
+        table.add_column(header)
     for case in chosen:
-        table.add_row(case.group, case.name, case.guarantee, ", ".join(case.needs))
+        table.add_row(case.name, case.group, case.guarantee, ", ".join(case.needs))
     return table
 
 
@@ -104,7 +119,7 @@ def main() -> int:
     console = Console()
     chosen = choose(options)
     if options.list:
-        console.print(listing(chosen))
+        console.print(listing(chosen), crop=False)
         return 0
     logging.getLogger("trunkline").setLevel(logging.CRITICAL)
     table = Table("case", "result", "seconds", "note")

@@ -17,17 +17,20 @@ import msgspec
 
 from trunkline.app import App
 from trunkline.channel import Channel
-from trunkline.clock import Draws, system_clock
+from trunkline.clock import Clock, Draws, system_clock
 from trunkline.handler import Context, make_message
 from trunkline.message import Message, read_packed
 from trunkline.service import Service, System
 from trunkline.store import Store, dead_letter_queue
+from trunkline.testing import hostname
 from trunkline.testing.conformance.registry import NEEDS, ConformanceError
+from trunkline.testing.conformance.secret import Secret
 from trunkline.testing.effects import EffectTable
+from trunkline.testing.hostname import HostName
 from trunkline.testing.ledger import Entry, Kind, Verdict, check, read_journal
 from trunkline.testing.lines import Line, Spec
 from trunkline.testing.processes import Process
-from trunkline.testing.proxy import Proxy
+from trunkline.testing.proxy import Proxy, at_place
 from trunkline.testing.worker import Look, Plan, read_looks
 from trunkline.transport import Capabilities, Delivery, Staged, Subscription, Transport, load_adapter, parse_address
 
@@ -47,12 +50,17 @@ class Controls(msgspec.Struct, frozen=True):
         restart: stop the broker and start it on the same data; it answers when this returns.
         kill: end it at once. resume: start it again; it answers when this returns.
         publish_foreign: publish bytes and headers as another program would; first is the URL of the App under test.
+        rotate: have the broker take this password of the URL's user and no other, and end that user's connections.
+        name: the host name by which a broker that tells clients where it is names itself; it may be one that nobody
+            knows. One that is reached at the address of the URL needs none.
     """
 
     restart: Callable[[], Awaitable[None]] | None = None
     kill: Callable[[], Awaitable[None]] | None = None
     resume: Callable[[], Awaitable[None]] | None = None
     publish_foreign: Callable[[str, Channel, bytes, dict[str, str]], Awaitable[None]] | None = None
+    rotate: Callable[[str], Awaitable[None]] | None = None
+    name: str | None = None
 
 
 class Reader:
@@ -131,6 +139,7 @@ class Bench:
         folder: for files and journals.
         controls: what may be done to the broker.
         lease_s: how long a silent process keeps what it holds; default: the URL's `lease_s`, or LEASE_S.
+        clock: another one in a simulation.
         slow: patience with a slow machine or broker: each deadline is so many times longer.
     """
 
@@ -144,8 +153,9 @@ class Bench:
         lease_s: float | None = None,
         slow: float = 1.0,
         seed: int = 7,
+        clock: Clock = system_clock,
     ) -> None:
-        self.clock = system_clock
+        self.clock = clock
         self.folder = folder
         self.controls = controls or Controls()
         self.draws = Draws(seed)
@@ -165,6 +175,7 @@ class Bench:
         self._apps: list[App] = []
         self._workers: list[Worker] = []
         self.proxies: list[Proxy] = []
+        self._secrets: list[Secret] = []
         self._graves: dict[str, list[Message]] = {}
 
     def _isolated(self, url: str) -> str:
@@ -182,17 +193,26 @@ class Bench:
 
     def can(self, need: str) -> bool:
         """Return whether something of NEEDS is there."""
-        if need in {"keeps", "remembers"}:
-            return bool(getattr(self, need))
-        if need == "restart":
-            return self.controls.restart is not None
-        if need == "kill":
-            return self.controls.kill is not None and self.controls.resume is not None
-        if need == "publish_foreign":
-            return self.controls.publish_foreign is not None
-        if need == "proxy":
-            return self.scheme in PORTS
-        return bool(getattr(self.capabilities, need))
+        controls = self.controls
+        found: object
+        match need:
+            case "keeps" | "remembers":
+                found = getattr(self, need)
+            case "restart" | "publish_foreign":
+                found = getattr(controls, need)
+            case "kill":
+                found = controls.kill and controls.resume
+            case "rotate":
+                found = controls.rotate and parse_address(self.url).password
+            case "proxy":
+                found = self.scheme in PORTS
+            case "name":
+                found = self.scheme in PORTS or controls.name
+            case "namespaces":
+                found = hostname.namespace()
+            case _:
+                found = getattr(self.capabilities, need)
+        return bool(found)
 
     def reason(self, need: str) -> str:
         """Return why something of NEEDS is not there."""
@@ -223,6 +243,7 @@ class Bench:
         self,
         *readers: Reader | Service,
         url: str | None = None,
+        store: str | None = None,
         grace_s: float = 10.0,
         watch: Callable[[Delivery], None] | None = None,
     ) -> App:
@@ -230,7 +251,7 @@ class Bench:
         services = [reader if isinstance(reader, Service) else reader.service for reader in readers]
         graves = self._grave_diggers(services)
         system = System("conformance", [*services, *graves] or [Service("publisher")])
-        app = App(system, url or self.url, store=self.store_url, grace_s=grace_s)
+        app = App(system, url or self.url, store=store or self.store_url, clock=self.clock, grace_s=grace_s)
         if watch is not None:
             watched(app.transport, watch)
         await app.start()
@@ -283,8 +304,10 @@ class Bench:
 
     # --- processes ---
 
-    async def process(self, *lines: Line, role: str = "consume", ready: bool = True, **plan: Any) -> Worker:
-        """Start a process that reads or publishes to `lines`; `plan` as for Plan."""
+    async def process(
+        self, *lines: Line, role: str = "consume", ready: bool = True, knows: HostName | None = None, **plan: Any
+    ) -> Worker:
+        """Start a process that reads or publishes to `lines`; `plan` as for Plan, `knows` as its tests let it."""
         number = len(self._workers) + 1
         name = plan.pop("name", "reader" if role == "consume" else f"publisher-{number}")
         journal = plan.pop("journal", self.folder / f"{self.tag}-{number}.journal")
@@ -293,21 +316,25 @@ class Bench:
             "journal": str(journal), "name": name, "table": self.table.name if self.table else "", **plan,
         }  # fmt: skip
         made = msgspec.convert(values, Plan)
-        process = Process(
-            "trunkline.testing.worker",
-            [msgspec.json.encode(made).decode()],
-            self.folder / f"{self.tag}-{number}.log",
-        )
+        process = self.launch(made, self.folder / f"{self.tag}-{number}.log", knows)
         self._workers.append(worker := Worker(made, process))
         if ready:
             await process.line("ready", DEADLINE_S * self.slow)
         return worker
 
+    def launch(self, plan: Plan, log: Path, knows: HostName | None = None) -> Process:
+        """Start the process of a worker; a simulation has another kind of process.
+
+        Args:
+            knows: the host name that it can resolve, and only while that says so.
+        """
+        through = () if knows is None else knows.command()
+        return Process("trunkline.testing.worker", [msgspec.json.encode(plan).decode()], log, through=through)
+
     async def again(self, worker: Worker) -> Worker:
         """Start a worker that ended once more: the same plan and journal."""
         log = self.folder / f"{self.tag}-{len(self._workers) + 1}.log"
-        arguments = [msgspec.json.encode(worker.plan).decode()]
-        made = Worker(worker.plan, Process("trunkline.testing.worker", arguments, log))
+        made = Worker(worker.plan, self.launch(worker.plan, log))
         self._workers.append(made)
         await made.process.line("ready", DEADLINE_S * self.slow)
         return made
@@ -343,8 +370,21 @@ class Bench:
         end = self.clock.monotonic() + (within_s or DEADLINE_S) * self.slow + 2 * self.lease_s
         while left := await missing():
             if self.clock.monotonic() > end:
-                raise ConformanceError(f"{len(left)} confirmed messages had no effect, such as {sorted(left)[:5]}")
+                what = f"{len(left)} confirmed messages had no effect, such as {sorted(left)[:5]}"
+                raise ConformanceError(f"{what}; {await self._fate(left)}")
             await self.clock.sleep(0.1)
+
+    async def _fate(self, missing: set[tuple[str, str, int]]) -> str:
+        """Return what is known of messages that had no effect."""
+        begun = [one for worker in self._workers if worker.plan.role == "consume" for one in worker.begun()]
+        looks = [worker.looks() for worker in self._workers if worker.process.alive()]
+        waiting = [seen[-1].waiting for seen in looks if seen]
+        app = await self.start()
+        letters = [f"{row.code}: {row.reason} ({row.raw[:200]!r})" for row in await app.store.dead_letters()]
+        return (
+            f"of these handlers began {sum(one in missing for one in begun)} times,"
+            f" {waiting} wait for the processes that run, dead letters are {letters[:5]}"
+        )
 
     async def verdict(self, *, ordered: bool) -> Verdict:
         """Return what the ledger says of publishers and effects, having seen everything confirmed have its effect."""
@@ -370,6 +410,23 @@ class Bench:
         self.proxies.append(proxy)
         await proxy.start()
         return proxy, proxy.url(self.url)
+
+    async def named(self) -> tuple[HostName, str]:
+        """Return a name of the broker that is not known yet, and the URL that has it."""
+        (host, port), *_ = parse_address(self.url).hosts
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
+        name = HostName(self.controls.name or hostname.NAME, str(found[0][4][0]), self.folder / f"{self.tag}-names")
+        return name, at_place(self.url, f"{name.name}:{port or PORTS[self.scheme]}")
+
+    def secret(self) -> Secret:
+        """Return the password of the URL's user, to be changed."""
+        assert self.controls.rotate is not None  # noqa: S101 - the case needs `rotate`
+        self._secrets.append(made := Secret(self.url, self.controls.rotate, self.tag))
+        return made
+
+    def store_for(self, url: str) -> str:
+        """Return the URL of the store of an App on `url`: the same where transport and store are one."""
+        return url if self.store_url == self.url else self.store_url
 
     async def restart_broker(self) -> None:
         """Stop the broker and start it on the same data."""
@@ -438,6 +495,8 @@ class Bench:
                     await app.stop()
         for proxy in self.proxies:
             await proxy.stop()
+        for secret in self._secrets:
+            await secret.end()
 
 
 def watched(transport: Transport, watch: Callable[[Delivery], None]) -> None:

@@ -6,6 +6,8 @@ Read next: failure.py.
 from __future__ import annotations
 
 import asyncio
+import math
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from typing import Any
 
@@ -221,6 +223,51 @@ async def latest_starts_at_end(bench: Bench) -> None:
     await bench.until(lambda: again.seen, "what was published while it was down is missing")
     await bench.quiet()
     equal((reader.numbers(), again.numbers()), ([21], [22]), "what it got")
+
+
+MARGIN_S = 0.1
+"""Between a moment and what is stored before and after it: the broker reads another clock of this machine."""
+
+
+async def moment(bench: Bench) -> datetime:
+    """Let a second begin: what was stored before this came before it, what is stored from now on after it."""
+    second = math.ceil(bench.clock.now() + MARGIN_S)
+    await bench.until(lambda: bench.clock.now() > second + MARGIN_S, "the clock stands still")
+    return datetime.fromtimestamp(second, UTC)
+
+
+@order.case("durable", within_s=60)
+async def replay_from_time(bench: Bench) -> None:
+    """A new subscription with a time as `start` gets what was stored from then on, in order, and goes on there."""
+    log = bench.line("stream", partitions=4)
+    keys = "key0", "key1", "key2"
+
+    async def publish(*numbers: int) -> None:
+        app = await bench.start()
+        await app.publish_all([log.message(number, key) for number in numbers for key in keys])
+        await bench.stop(app)
+
+    async def read(name: str, start: datetime, *numbers: int) -> None:
+        reader = bench.reader(log, name=name, start=start)
+        app = await bench.start(reader)
+        wanted = {key: list(numbers) for key in keys if numbers}
+        await bench.until(lambda: len(reader.seen) >= len(numbers) * len(keys), lambda: f"{by_key(reader.seen)}")
+        await bench.idle(app)
+        await bench.quiet()
+        equal(by_key(reader.seen), wanted, f"what {name} got")
+        await bench.stop(app)
+
+    await publish(1, 2, 3)
+    middle = await moment(bench)
+    await publish(4, 5, 6)
+    await read("replay", middle.astimezone(timezone(timedelta(hours=5, minutes=30))), 4, 5, 6)
+    await publish(7)
+    await read("replay", middle, 7)
+    end = await moment(bench)
+    await read("rest", end)
+    await publish(8)
+    await read("rest", end, 8)
+    await read("everything", datetime(2001, 1, 1, tzinfo=UTC), *range(1, 9))
 
 
 @order.case("ordered_streams", "keeps")

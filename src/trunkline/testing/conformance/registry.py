@@ -35,6 +35,9 @@ NEEDS = {
     "publish_foreign": "the bench was not told how another program publishes (Controls.publish_foreign)",
     "restart": "the bench was not told how the broker is restarted (Controls.restart)",
     "kill": "the bench was not told how the broker is killed and resumed (Controls.kill, Controls.resume)",
+    "rotate": "the bench was not told how the password of the URL's user is changed (Controls.rotate)",
+    "name": "the bench was not told by which name the broker tells clients where it is (Controls.name)",
+    "namespaces": "this machine gives a process no hosts file of its own (`unshare --mount`)",
     "proxy": "the transport has no address that a proxy can stand in for",
 }
 """What a case may need → what is the matter where it is missing."""

@@ -22,7 +22,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from trunkline import wire
-from trunkline.channel import Channel
+from trunkline.channel import Channel, Queue
 from trunkline.clock import Clock, offload
 from trunkline.errors import ConfigurationError, DecodeError, TransportError
 from trunkline.inspection import Finding, Lag, Seen
@@ -116,8 +116,8 @@ class KafkaInspector:
             return None
         group = self._settings.group(subscription.name, subscription.channel.name)
         known = self._cluster.committed(group, topic, facts.partitions)
-        if not known:
-            return None
+        if not known and not isinstance(subscription.channel, Queue):
+            return None  # of a Queue everything waits for its first reader
         begins = self._cluster.ends(topic, facts.partitions, earliest=True)
         ends = self._cluster.ends(topic, facts.partitions)
         return Lag(sum(max(0, end - known.get(number, begins[number])) for number, end in ends.items()))

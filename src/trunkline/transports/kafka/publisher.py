@@ -1,6 +1,7 @@
 """Publishing to Kafka: confirmed means written by all replicas that are in step.
 
-Invariant: the future of a batch ends after the broker has answered for each of its messages, with what failed.
+Invariant: the future of a batch ends after the broker has answered for each of its messages, with what failed; what has
+no place in the log is not confirmed, whatever the client says.
 A thread waits for the answers; one wake-up of the loop for all that came together. Read next: settings.py.
 """
 
@@ -15,28 +16,84 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from trunkline import wire
-from trunkline.channel import Stream
+from trunkline.channel import Channel, Stream
 from trunkline.clock import WorkerThread
 from trunkline.errors import PublishError, TransportError, TrunklineError
 from trunkline.message import partition_of
 from trunkline.transport import Staged
-from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, ClusterState, Settings, client_log, describe, failure
+from trunkline.transports.kafka.settings import (
+    GONE,
+    MAX_MESSAGE_BYTES,
+    ClusterState,
+    Settings,
+    SignIn,
+    client_log,
+    describe,
+    failure,
+)
 from trunkline.transports.kafka.stranded import Stranded
 
 log = logging.getLogger("trunkline.kafka")
+Answer = Callable[[KafkaError | None, Message], None]
 
+LOOK_S = 5.0
+"""How long a look for a topic waits for the answer."""
 POLL_S = 0.2
 """How long the thread waits for answers before it looks whether it is to end."""
 HEADERS: list[tuple[str, str | bytes | None]] = [("content-type", wire.CONTENT_TYPE.encode())]
 """Source: CloudEvents Kafka protocol binding 1.0.2 §3.3."""
+NO_PLACE = KafkaError(KafkaError._INCONSISTENT, "reported as written, and no broker says where")  # noqa: SLF001
+"""librdkafka reports success too for what it only takes for written, and gives it no offset: a batch that the broker
+refused, when a later one of its partition was accepted ("implicit ack"), or when the broker has it already.
+
+With a producer's first messages in a partition whose leader is not ready, that is wrong: the first batch is answered
+"not the leader", the second one, on its way already, is accepted, for a broker that knows nothing of a producer takes
+any number to begin with, and the first batch is in no log. Seen with librdkafka 2.16.0 and Kafka 4.3.1, on a topic made
+a moment before.
+"""
 _TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
 _IN_VAIN = {
     KafkaError._MSG_TIMED_OUT, KafkaError._TIMED_OUT, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT,  # noqa: SLF001
+    NO_PLACE.code(),
 }  # fmt: skip
 _REFUSED = {
-    *_TOO_LARGE, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+    *_TOO_LARGE, *GONE,
     KafkaError.INVALID_MSG, KafkaError.INVALID_RECORD, KafkaError.POLICY_VIOLATION,
 }  # fmt: skip
+
+
+class _Partitions:
+    """The partitions of Streams that one producer has written to.
+
+    Its first message in each goes alone: were it refused and the next one taken (see NO_PLACE), the order of their key
+    would be lost.
+    """
+
+    __slots__ = ("_beginning", "_written")
+
+    def __init__(self) -> None:
+        self._written: set[tuple[str, int]] = set()
+        self._beginning: set[tuple[str, int]] = set()
+
+    def answer(self, place: tuple[str, int], answer: Answer) -> Answer | None:
+        """Return what is to be told the answer for the next message; None if it has to wait for that of the first."""
+        if place in self._written:
+            return answer
+        if place in self._beginning:
+            return None
+        self._beginning.add(place)
+        return partial(self._begun, place, answer)
+
+    def _begun(self, place: tuple[str, int], answer: Answer, error: KafkaError | None, record: Message) -> None:
+        """Let others follow, or another be the first; in the thread."""
+        if error is None and record.offset() is not None:
+            self._written.add(place)
+        self._beginning.discard(place)
+        answer(error, record)
+
+    def not_sent(self, place: tuple[str, int]) -> None:
+        """Let another message be the first."""
+        self._beginning.discard(place)
 
 
 class _Sending:
@@ -62,26 +119,31 @@ class _Sending:
         self.producer: Producer | None = None
         self._answered = answered
 
-    def answer(self, error: KafkaError | None, _record: Message) -> None:
+    def answer(self, error: KafkaError | None, record: Message) -> None:
         """Note the answer for the only message; in the thread."""
-        if error is not None:
-            self.failed[0] = error
+        self.answer_one(0, error, record)
+
+    def answer_one(self, number: int, error: KafkaError | None, record: Message) -> None:
+        """Note the answer for one message of several; in the thread."""
+        if error is not None or record.offset() is None:
+            self.failed[number] = error or NO_PLACE
         self._answered(self)
 
-    def answer_one(self, number: int, error: KafkaError | None, _record: Message | None) -> None:
-        """Note the answer for one message of several; in the thread."""
-        if error is not None:
-            self.failed[number] = error
+    def refuse(self, number: int, error: KafkaError) -> None:
+        """Note that the client does not take a message."""
+        self.failed[number] = error
         self._answered(self)
 
 
 class Publisher:
     """Sends the messages of one App."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, gone: Callable[[Channel], None]) -> None:
         self._settings = settings
+        self._gone_topic = gone
         self._topics: dict[str, str] = {}
         self._answers: deque[_Sending] = deque()
+        self._partitions = _Partitions()
         self._left = 0
         self._state = ClusterState(settings, "publishing")
         self._stopping = False
@@ -98,12 +160,14 @@ class Publisher:
         self._begin()
 
     def _begin(self) -> None:
+        self._partitions = _Partitions()
         stranded = Stranded()
+        sign_in = SignIn(self._settings.credentials)
         configured = self._settings.producer(self._state.note, stranded.note)
         self._producer = producer = Producer(configured, logger=client_log)
         ended: asyncio.Future[None] = self._loop.create_future()
         thread = WorkerThread("trunkline-kafka-publisher")
-        thread.submit(partial(self._wait_for_answers, producer, stranded), partial(_end, ended))
+        thread.submit(partial(self._wait_for_answers, producer, stranded, sign_in), partial(_end, ended))
         self._threads.append((thread, ended))
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
@@ -129,21 +193,27 @@ class Publisher:
             )
         sending.producer = producer
         batch, topics, several = sending.batch, self._topics, len(sending.batch) > 1
+        partitions = self._partitions
         for number in range(start, len(batch)):
             staged = batch[number]
             channel, message = staged.channel, staged.message
             key = message.partitionkey
             topic = topics.get(channel.name) or self._topic(channel.name)
+            answer: Answer = partial(sending.answer_one, number) if several else sending.answer
             place = -1
             if isinstance(channel, Stream):
                 place = partition_of(message, channel.partitions)
-            answer = partial(sending.answer_one, number) if several else sending.answer
+                if (first := partitions.answer((topic, place), answer)) is None:
+                    return number
+                answer = first
             try:
                 producer.produce(topic, wire.encode(message), key, place, answer, headers=HEADERS)
             except BufferError:
+                partitions.not_sent((topic, place))
                 return number
             except KafkaException as error:
-                sending.answer_one(number, error.args[0], None)
+                partitions.not_sent((topic, place))
+                sending.refuse(number, error.args[0])
                 self._loop.call_soon(self._resolve)
             self._left += 1
         return len(batch)
@@ -153,7 +223,7 @@ class Publisher:
         return topic
 
     async def _send_when_room(self, batch: Sequence[Staged], sending: _Sending | None, start: int) -> None:
-        """Wait in line until the client's buffer has room for the rest of `batch`."""
+        """Wait in line until the rest of `batch` can be handed over: for room in the client, for partitions."""
         self._waiting += 1
         try:
             if sending is None:
@@ -166,12 +236,21 @@ class Publisher:
             self._waiting -= 1
         await sending.future
 
+    def look(self, topic: str) -> None:
+        """Have the client look for a topic that was made again: it refuses messages for it until then; blocks."""
+        if self._producer is not None:
+            try:
+                self._producer.list_topics(topic, timeout=LOOK_S)
+            except KafkaException as error:
+                log.debug("publishing: %s is not looked up: %s", topic, describe(error.args[0]))
+
     # --- answers ---
 
-    def _wait_for_answers(self, producer: Producer, stranded: Stranded) -> None:
+    def _wait_for_answers(self, producer: Producer, stranded: Stranded, sign_in: SignIn) -> None:
         """Collect answers until the producer is done with; in the thread."""
         asked = False
         while not self._stopping and producer is self._producer:
+            sign_in.renew(producer)
             if producer.poll(POLL_S):
                 self._loop.call_soon_threadsafe(self._resolve)
             if stranded and not asked:
@@ -218,6 +297,8 @@ class Publisher:
         unsent = [sending.batch[number] for number in sorted(sending.failed)]
         never_up = self._state.is_down and sending.down == self._state.times_up
         error = self._error(sending.failed[first], sending.batch[first], unsent, never_up=never_up)
+        if sending.failed[first].code() in GONE:
+            self._gone_topic(sending.batch[first].channel)
         if sending.failed[first].fatal() and sending.producer is self._producer:
             log.error("%s: the producer is made anew: %s", self._settings.shown, describe(sending.failed[first]))
             self._begin()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Event
 from typing import Any
 
@@ -17,7 +17,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from trunkline import wire
-from trunkline.channel import Stream
+from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, WorkerThread, offload
 from trunkline.errors import ConfigurationError, DecodeError
 from trunkline.inflow import ROOM, Inflow
@@ -25,7 +25,7 @@ from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
-from trunkline.transports.kafka.settings import ClusterState, Settings, client_log, describe
+from trunkline.transports.kafka.settings import GONE, ClusterState, Settings, SignIn, client_log, describe
 from trunkline.transports.kafka.stranded import Stranded
 
 log = logging.getLogger("trunkline.kafka")
@@ -40,6 +40,8 @@ IDLE_POLL_S = 0.2
 STAND_BY_S = 1.0
 """How long the thread waits for room without answering rebalances; then it pauses and polls."""
 COMMIT_S = 0.1
+SILENT_S, LOOK_S = 5.0, 1.0
+"""After so long without a record the thread looks whether the topic is there; how long it waits for the answer."""
 SUSPECTS = 1000
 """So many records of a partition may have been under way when the process before died; see consumer.IN_FLIGHT."""
 CALL_S = 10.0
@@ -75,7 +77,9 @@ class Reader:
         deletes: whether what all groups have handled is of no use any more: on Queues and Topics.
     """
 
-    def __init__(self, subscription: Subscription, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self, subscription: Subscription, settings: Settings, clock: Clock, gone: Callable[[Channel], None]
+    ) -> None:
         self.subscription = subscription
         self.inflow = Inflow(subscription)
         self.held: dict[int, Watermark] = {}
@@ -90,6 +94,7 @@ class Reader:
         self._loop = asyncio.get_running_loop()
         self._made: Consumer | None = None
         self._stranded = Stranded()
+        self._sign_in = SignIn(settings.credentials)
         self._state = ClusterState(settings, self.group)
         self._thread: WorkerThread | None = None
         self._failure: BaseException | None = None
@@ -109,6 +114,8 @@ class Reader:
         self._is_waiting = False
         self._draining = False
         self._stopping = False
+        self._gone_topic = gone
+        self._heard = clock.monotonic()
 
     # --- start ---
 
@@ -139,6 +146,7 @@ class Reader:
 
     def _make(self) -> Consumer:
         self._stranded = Stranded()
+        self._sign_in = SignIn(self._settings.credentials)
         configured = self._settings.consumer(self.group, self._state.note, self._stranded.note)
         self._made = consumer = Consumer(configured, logger=client_log)
         return consumer
@@ -179,6 +187,20 @@ class Reader:
         finally:
             self._close()
 
+    def _look(self) -> None:
+        """See whether the topic is still there: of one that was deleted the client says nothing, nothing comes."""
+        now = self._clock.monotonic()
+        if now - self._heard < SILENT_S or self._state.is_down:
+            return
+        self._heard = now
+        try:
+            found = self._consumer.list_topics(self.topic, timeout=LOOK_S).topics[self.topic].error
+        except KafkaException as error:
+            log.debug("%s: the topic is not looked up: %s", self.group, describe(error.args[0]))
+        else:
+            if found is not None and found.code() in GONE:
+                self._loop.call_soon_threadsafe(self._gone_topic, self.subscription.channel)
+
     def _join_anew(self) -> None:
         """Read on with a new consumer: this one asks nobody any more; see stranded.py."""
         log.warning("%s: the client has lost every broker of %s, it is made anew", self.group, self._settings.shown)
@@ -209,7 +231,10 @@ class Reader:
             records = [] if record is None else [record]
         if self._unopened:
             self._open()
-        if records:
+        if not records:
+            self._look()
+        else:
+            self._heard = self._clock.monotonic()
             self._hand_over(records)
 
     def _commit(self) -> None:
@@ -221,6 +246,7 @@ class Reader:
         if now < self._commit_at:
             return
         self._commit_at = now + COMMIT_S
+        self._sign_in.renew(self._consumer)
         offsets = []
         for number, low in self.settled_offsets().items():
             place = self._places.get(number)
@@ -290,6 +316,8 @@ class Reader:
                 log.debug("unreadable record on %s: %s", self.topic, error)
                 message, raw = None, body
             offset: int = record.offset()
+            if offset < place.committed:
+                place = self._begin_again(number, offset)
             suspect = False
             if place.suspects:
                 place.suspects -= 1
@@ -305,6 +333,26 @@ class Reader:
             self._handed += len(deliveries)
             self._loop.call_soon_threadsafe(self._arrived, deliveries)
 
+    def _begin_again(self, number: int, offset: int) -> _Place:
+        """Count a partition from `offset` on, which the group has passed: its topic was made anew.
+
+        Cursors of the old topic would otherwise stand for messages of the new one that nobody has read.
+        """
+        log.warning(
+            "%s: partition %d of %s was made anew, it is read from %d on", self.group, number, self.topic, offset
+        )
+        done = Event()
+
+        def begin() -> None:
+            self._drop([number])
+            self._opened({number: offset})
+            done.set()
+
+        self._loop.call_soon_threadsafe(begin)
+        done.wait(CALL_S)
+        self._places[number] = place = _Place(offset, 0, 0)
+        return place
+
     def _wrong(self, error: KafkaError) -> None:
         """Note an error that came in place of a record.
 
@@ -316,6 +364,8 @@ class Reader:
                 f"lease_s={self._settings.lease_s:g} is not accepted by {self._settings.shown}",
                 "from 6 to 1800, unless group.min.session.timeout.ms and group.max.session.timeout.ms say otherwise",
             )
+        if error.code() in GONE:
+            self._loop.call_soon_threadsafe(self._gone_topic, self.subscription.channel)
         self._state.note(error)
 
     def _headers(self) -> dict[str, str]:

@@ -48,7 +48,7 @@ def plain_of(record: Message, type_name: str) -> wire.Plain:
     return wire.Plain(
         type_name,
         str(record.topic()),
-        f"{record.topic()}/{record.partition()}/{record.offset()}",
+        f"{record.topic()}/{record.partition()}/{record.offset()}/{milliseconds}",
         milliseconds / 1000 if kind != NO_TIMESTAMP else 0.0,
         key_of(record),
     )

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from confluent_kafka import KafkaError
+from confluent_kafka import Consumer, KafkaError, Producer
+from confluent_kafka.admin import AdminClient
 
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Options
 from trunkline.partitions import LEASE_S
-from trunkline.transport import Address
+from trunkline.transport import Address, Credentials
 from trunkline.transports.kafka.stranded import STATISTICS_S
 from trunkline.wire import MAX_WIRE_BYTES
 
@@ -64,6 +65,9 @@ _PASSING = {
     KafkaError._TRANSPORT, KafkaError._WAIT_COORD, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
 }  # fmt: skip
 
+GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
+"""The topic is not there: it is new, or was deleted."""
+
 
 def _told(error_cb: Callable[[KafkaError], None], stats_cb: Callable[[str], None]) -> dict[str, Any]:
     """Return whom a client tells of itself."""
@@ -80,7 +84,8 @@ class Settings(msgspec.Struct, frozen=True):
         prefix: what the names of topics and groups begin with.
         queue_partitions: of a Queue or Topic that is made.
         replication: copies of a topic that is made; 0: three, or as many as there are brokers.
-        client: what every client of this URL is configured with.
+        credentials: read anew for each client.
+        lasting: what every client of this URL is configured with beside these.
     """
 
     shown: str
@@ -89,7 +94,17 @@ class Settings(msgspec.Struct, frozen=True):
     prefix: str
     queue_partitions: int
     replication: int
-    client: dict[str, Any]
+    credentials: Credentials
+    lasting: dict[str, Any]
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """Return what a client is configured with now.
+
+        Raises: ConfigurationError E249 for a variable that is not set any more.
+        """
+        user, password = self.credentials.user, self.credentials.password
+        return self.lasting | ({} if user is None else {"sasl.username": user, "sasl.password": password or ""})
 
     def topic(self, channel: str) -> str:
         """Return the name of a channel's topic."""
@@ -144,13 +159,13 @@ def read_settings(address: Address) -> Settings:
         )
     timeout_s = options.seconds("timeout_s", TIMEOUT_S)
     lease_s = options.seconds("lease_s", LEASE_S)
-    prefix = options.text("prefix") or "trunkline"
+    prefix = options.text("prefix", "trunkline") or ""
     if not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(
             "E241", f"prefix={prefix!r} in the URL of {address.shown}", "letters, digits, '.', '_' and '-', at most 62"
         )
     hosts = address.hosts or (("localhost", None),)
-    client = {
+    lasting = {
         "bootstrap.servers": ",".join(_place(name, port) for name, port in hosts),
         "client.id": prefix,
         "reconnect.backoff.ms": 100,
@@ -160,7 +175,7 @@ def read_settings(address: Address) -> Settings:
     }
     settings = Settings(
         address.shown, timeout_s, lease_s, prefix, options.number("queue_partitions", QUEUE_PARTITIONS),
-        options.number("replication", 0), client | _security(address, options),
+        options.number("replication", 0), address.credentials, lasting | _security(address, options),
     )  # fmt: skip
     options.end()
     return settings
@@ -185,13 +200,34 @@ def _security(address: Address, options: Options) -> dict[str, Any]:
     mechanism = options.choice("sasl", _MECHANISMS, "PLAIN" if tls else "SCRAM-SHA-256")
     if address.user is not None:
         found["sasl.mechanism"] = mechanism
-        found["sasl.username"] = address.user
-        found["sasl.password"] = address.password or ""
     elif "sasl" in address.options:
         raise ConfigurationError("E241", f"{address.shown} has sasl without a user", "write kafka://user:password@…")
     signed_in = "SASL_" if address.user is not None else ""
     found["security.protocol"] = signed_in + ("SSL" if tls else "PLAINTEXT")
     return found
+
+
+class SignIn:
+    """Has clients that exist sign in with what the URL says now: its variables may have changed."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+        self._known = (credentials.user, credentials.password)
+        self._is_told = False
+
+    def renew(self, *clients: Producer | Consumer | AdminClient) -> None:
+        """Tell `clients`, always the same ones, what to sign in with at their next connection, where that changed."""
+        try:
+            user, password = self._credentials.user, self._credentials.password
+        except ConfigurationError as error:
+            if not self._is_told:
+                self._is_told = True
+                log.warning("%s; user and password stay as they were", error)
+            return
+        if (user, password) != self._known and user is not None:
+            self._known = (user, password)
+            for client in clients:
+                client.set_sasl_credentials(user, password or "")
 
 
 def describe(error: KafkaError) -> str:
@@ -258,7 +294,7 @@ class ClusterState:
 
 def passes(error: KafkaError) -> bool:
     """Return whether an error is usual while a topic, a leader or a coordinator is new or moves."""
-    return error.retriable() or error.code() in _PASSING
+    return error.retriable() or error.code() in _PASSING or error.code() == KafkaError._TIMED_OUT  # noqa: SLF001
 
 
 def failure(error: KafkaError, shown: str, what: str) -> TrunklineError:

@@ -14,7 +14,7 @@ from typing import Any
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, offload
 from trunkline.declaring import Declaring
-from trunkline.errors import ConfigurationError
+from trunkline.errors import ConfigurationError, TransportError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.kafka.cluster import Cluster
@@ -23,6 +23,9 @@ from trunkline.transports.kafka.reader import Reader
 from trunkline.transports.kafka.settings import read_settings
 
 log = logging.getLogger("trunkline.kafka")
+
+AGAIN_S = 1.0
+"""Between two tries to make a topic again."""
 
 
 class KafkaTransport:
@@ -44,8 +47,10 @@ class KafkaTransport:
         self._link = Link(self._settings.shown, clock, self._connect)
         self._readers: dict[str, Reader] = {}
         self._partitions: dict[str, int] = {}
-        self._publisher = Publisher(self._settings)
+        self._publisher = Publisher(self._settings, self._gone)
         self._declaring = Declaring(self._declare, self._publisher.send)
+        self._stopping = False
+        self._restoring: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Reach the cluster, make the topics, join the groups; see Transport."""
@@ -64,22 +69,57 @@ class KafkaTransport:
     async def _declare(self, channels: Sequence[Channel]) -> None:
         self._partitions |= await offload(self._cluster.declare, channels)
 
+    def _gone(self, channel: Channel) -> None:
+        """Declare a channel again whose topic is not there any more."""
+        if channel.name not in self._restoring and not self._stopping:
+            task = asyncio.get_running_loop().create_task(self._restore(channel))
+            self._restoring[channel.name] = task
+            task.add_done_callback(lambda _: self._restoring.pop(channel.name, None))
+
+    async def _restore(self, channel: Channel) -> None:
+        topic = self._settings.topic(channel.name)
+        told = False
+        while True:
+            try:
+                if not told and await offload(self._cluster.exists, topic):
+                    return
+                if not told:
+                    told = True
+                    log.warning(
+                        "%s: topic %s was deleted, and what was in it is lost; it is made again: keep it from being "
+                        "deleted while services run", self._settings.shown, topic,
+                    )  # fmt: skip
+                await self._declare([channel])
+                await offload(self._publisher.look, topic)
+            except (TransportError, ConfigurationError) as error:
+                log.warning("topic %s is not made again: %s", topic, error)
+                if isinstance(error, ConfigurationError):
+                    return
+                await self._clock.sleep(AGAIN_S)
+            else:
+                return
+
     async def _connect(self) -> None:
         await offload(self._cluster.connect)
 
     async def _read(self, subscription: Subscription) -> None:
-        reader = Reader(subscription, self._settings, self._clock)
-        channel = subscription.channel
-        from_oldest = channel.kind == "queue" or (isinstance(channel, Stream) and subscription.start == "earliest")
+        reader = Reader(subscription, self._settings, self._clock, self._gone)
 
         def prepare() -> None:
-            reader.prepare(
-                self._cluster, self._cluster.ends(reader.topic, self._partitions[channel.name], earliest=from_oldest)
-            )
+            reader.prepare(self._cluster, self._begins(subscription, reader.topic))
 
         self._readers[subscription.label] = reader
         await offload(prepare)
         reader.start()
+
+    def _begins(self, subscription: Subscription, topic: str) -> dict[int, int]:
+        """Return where a new group begins, per partition; blocks."""
+        channel, moment_s = subscription.channel, subscription.since_s
+        partitions = self._partitions[channel.name]
+        if isinstance(channel, Stream) and moment_s is not None:
+            return self._cluster.since(topic, partitions, moment_s)
+        from_oldest = channel.kind == "queue" or (isinstance(channel, Stream) and subscription.start == "earliest")
+        return self._cluster.ends(topic, partitions, earliest=from_oldest)
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Send `batch`; see Transport."""
@@ -138,6 +178,11 @@ class KafkaTransport:
     async def stop(self) -> None:
         """Commit, leave the groups, disconnect."""
         self._declaring.stop()
+        self._stopping = True
+        restoring = list(self._restoring.values())
+        for task in restoring:
+            task.cancel()
+        await asyncio.gather(*restoring, return_exceptions=True)
         await self._link.stop()
         await asyncio.gather(*(reader.stop() for reader in self._readers.values()))
         self._readers.clear()
@@ -146,7 +191,16 @@ class KafkaTransport:
 
 
 async def _all(acts: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Await all of `acts` to their end, then raise what the first of them raised that failed."""
-    for failed in await asyncio.gather(*acts, return_exceptions=True):
+    """Await all of `acts` to their end, then raise what the first of them raised that failed.
+
+    To their end when cancelled too: a thread cannot be interrupted, and a client must not be closed under it.
+    """
+    done = asyncio.gather(*acts, return_exceptions=True)
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await done
+        raise
+    for failed in done.result():
         if failed is not None:
             raise failed

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from trunkline.channel import Channel, Stream
+from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.inspection import Finding, Lag, Seen
@@ -40,7 +40,7 @@ class NatsInspector:
         self._clock = clock
         self._timeout_s = options.seconds("timeout_s", TIMEOUT_S)
         self._names = Names(options.text("prefix") or "trunkline")
-        options.seconds("lease_s", 1.0)
+        options.lease(1.0)
         options.number("replicas", 0)
         self._problem: TrunklineError | None = None
         self._connection = Connection(
@@ -109,6 +109,9 @@ class NatsInspector:
         stream = self._names.stream(subscription.channel)
         return await self._ask(f"CONSUMER.INFO.{stream}.{durable(subscription)}", {NO_STREAM, NO_CONSUMER})
 
+    async def _stream(self, channel: Channel) -> dict[str, Any] | None:
+        return await self._ask(f"STREAM.INFO.{self._names.stream(channel)}", {NO_STREAM})
+
     # --- what waits ---
 
     async def look(self, subscriptions: Sequence[Subscription]) -> list[Lag | None]:
@@ -121,7 +124,9 @@ class NatsInspector:
             return await self._stream_lag(subscription, channel)
         found = await self._consumer(subscription)
         if found is None:
-            return None
+            # A Queue keeps everything for its first reader.
+            kept = await self._stream(channel) if isinstance(channel, Queue) else None
+            return None if kept is None else Lag(int(kept["state"]["messages"]), 0)
         in_flight = int(found["num_ack_pending"])
         return Lag(int(found["num_pending"]) + in_flight, in_flight)
 
@@ -154,7 +159,7 @@ class NatsInspector:
     async def read(self, channel: Channel, *, from_start: bool, follow: bool) -> AsyncIterator[Seen]:
         """Yield messages one by one, which reading leaves where they are; see Inspector."""
         stream = self._names.stream(channel)
-        found = await self._ask(f"STREAM.INFO.{stream}", {NO_STREAM})
+        found = await self._stream(channel)
         if found is None:
             raise ConfigurationError("E233", f"no stream {stream} on {self._connection.shown}", "start a service first")
         whole = from_start or not follow or not isinstance(channel, Stream)

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from trunkline.channel import Channel, Queue, Stream, Topic
@@ -259,6 +260,28 @@ class Layout:
             f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config, "action": "create"}
         )
         return int(answer["num_pending"])
+
+    async def first_since(self, stream: str, name: str, subject: str, moment_s: int) -> int:
+        """Return the position of the first message that was stored at a moment or later, or that of the next one.
+
+        Args:
+            name: of a consumer that is made to find out, and removed.
+        """
+        config = {
+            "name": name,
+            "ack_policy": "none",
+            "deliver_policy": "by_start_time",
+            "opt_start_time": datetime.fromtimestamp(moment_s, UTC).isoformat(),
+            "filter_subject": subject,
+            "mem_storage": True,
+            "num_replicas": 1,
+            "inactive_threshold": _ns(5.0),
+        }
+        answer = await self._connection.ask(
+            f"CONSUMER.CREATE.{stream}.{name}.{subject}", {"stream_name": stream, "config": config, "action": "create"}
+        )
+        await self.close_reader(stream, name)
+        return int(answer["delivered"]["stream_seq"]) + 1
 
     async def close_reader(self, stream: str, name: str) -> None:
         """Remove what `open_reader` made, if it is still there."""

@@ -66,14 +66,19 @@ class BucketLeases:
         self._lease_s = lease_s
         self._process = clock.new_id()
         self._alive: set[str] = set()
+        self._made: str | None = None
         self._ttl = max(2, math.ceil(lease_s * 2))
 
     async def begin(self, first: int, log: str) -> None:
         """Make the records that are missing, to begin at position `first`."""
         await self._read()
         missing = [number for number in range(self.partitions) if number not in self.records]
+        await self._make({number: Record(first, None, log) for number in missing})
+
+    async def _make(self, records: dict[int, Record]) -> None:
+        """Write the first records of partitions, unless another process was faster."""
         results = await asyncio.gather(
-            *(self._write(number, Record(first, None, log)) for number in missing), return_exceptions=True
+            *(self._write(number, record) for number, record in records.items()), return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, Lost):
@@ -85,7 +90,15 @@ class BucketLeases:
         return len(self.records) == self.partitions
 
     async def _read(self) -> None:
-        """Learn all records and who is alive."""
+        """Learn all records and who is alive; write those again that went with their bucket."""
+        made = str((await self._connection.ask(f"STREAM.INFO.{self._bucket}"))["created"])
+        anew = self._made is not None and made != self._made
+        if anew:
+            log.warning("%s: the bucket of cursors was made anew: what is known here is written again", self._root)
+            # Its revisions count from 1. Who reads a partition goes on, with what it has handled and not yet noted.
+            for record in self.records.values():
+                record.revision = 0
+        self._made = made
         found = await self._connection.ask_many(f"DIRECT.GET.{self._bucket}", {"multi_last": [f"{self._root}.>"]})
         ages: dict[str, float] = {}
         for body, headers in found:
@@ -99,7 +112,10 @@ class BucketLeases:
             elif body:
                 ages[name.removeprefix("member.")] = _seconds(headers["Nats-Time-Stamp"])
         now = max(ages.values(), default=0.0)
-        self._alive = {name for name, seen in ages.items() if now - seen <= self._lease_s}
+        # In a new bucket the others have until the next look to show a sign of life.
+        before = self._alive if anew else set()
+        self._alive = before | {name for name, seen in ages.items() if now - seen <= self._lease_s}
+        await self._make({number: record for number, record in self.records.items() if not record.revision})
 
     def _record(self, name: str, body: bytes) -> Record:
         try:
@@ -120,6 +136,9 @@ class BucketLeases:
             revision = await self._connection.write(f"{self._root}.{partition}", headers, body)
         except ApiError as error:
             if error.err_code in WRONG_REVISION:
+                known = self.records.get(partition)
+                if known is not None and known.revision == record.revision:
+                    known.revision = 0  # whatever the next look finds there counts
                 raise Lost from None
             raise
         known = self.records.get(partition)

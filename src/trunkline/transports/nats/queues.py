@@ -66,7 +66,7 @@ class QueueReader:
         self._owed = []
         self._refill()
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._keep())
+            self._task = self.inflow.spawn(self._keep())
 
     def lost(self) -> None:
         """Go on with what is here; see `connected`."""
@@ -76,7 +76,7 @@ class QueueReader:
     def _reopen(self) -> None:
         """Ask again; the consumer may have been removed, then it is made again."""
         if self._opening is None or self._opening.done():
-            self._opening = asyncio.get_running_loop().create_task(self._open_again())
+            self._opening = self.inflow.spawn(self._open_again())
 
     async def _open_again(self) -> None:
         while self._up and not self._draining:
@@ -171,8 +171,10 @@ class QueueReader:
     async def drain(self) -> None:
         """Give back what nobody has asked for; see Transport."""
         self._draining = True
-        self._give_back([one.position for one in self.inflow.drain()])
+        waiting = self.inflow.drain()
+        # First no more is asked for: the server would send what is given back to the requests of this process.
         await self._source.close()
+        self._give_back([one.position for one in waiting])
 
     async def stop(self) -> None:
         """Give back the rest."""

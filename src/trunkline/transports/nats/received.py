@@ -40,7 +40,7 @@ def _plain(
     channel = subscription.channel
     if channel.plain is None:
         return None
-    plain = Plain(channel.plain, f"nats:{channel.name}", f"{channel.name}:{position}", int(moment) / 1e9)
+    plain = Plain(channel.plain, f"nats:{channel.name}", f"{channel.name}:{position}:{int(moment)}", int(moment) / 1e9)
     try:
         return decode(data, lambda: parse_headers(headers), plain)
     except DecodeError:

@@ -18,6 +18,11 @@ log = logging.getLogger("trunkline.transport.nats")
 
 EXPIRES_S = 20
 """How long the server keeps a request for messages."""
+HEARTBEAT_S = 5
+"""How often the server says of a request that there is nothing; at most half of EXPIRES_S."""
+SILENT_S = 2 * HEARTBEAT_S + 1
+"""A request of which nothing was heard for so long never reached its consumer: one that was posted while the server
+was coming back, or while the consumer was being removed, gets no answer."""
 
 Take = Callable[[list[bytes], bytes, bytes, bytes | None], None]
 """Takes a message: from how often it was delivered on the tokens of its reply subject, that subject, body, headers."""
@@ -48,6 +53,7 @@ class Source:
         self._broken = broken
         self._subscription: Subscription | None = None
         self._heard = 0.0
+        self._brought = False
         self.batch = batch
 
     async def open(self) -> None:
@@ -60,18 +66,24 @@ class Source:
         if self.outstanding <= self.batch // 2 and self._subscription is not None:
             self.outstanding += self.batch
             self._heard = self._clock.monotonic()
-            request = b'{"batch":%d,"expires":%d}' % (self.batch, EXPIRES_S * 1_000_000_000)
+            request = b'{"batch":%d,"expires":%d,"idle_heartbeat":%d}' % (
+                self.batch, EXPIRES_S * 1_000_000_000, HEARTBEAT_S * 1_000_000_000,
+            )  # fmt: skip
             self._connection.post(command(self._verb, self._inbox, request))
 
     def check(self) -> None:
         """Take a consumer that did not even say that nothing came for gone."""
-        if self.outstanding and self._clock.monotonic() - self._heard > EXPIRES_S + 5:
+        now = self._clock.monotonic()
+        if self._brought:
+            self._heard, self._brought = now, False
+        if self.outstanding and now - self._heard > SILENT_S:
             log.warning("%s: consumer %s is silent", self._connection.shown, self.consumer)
             self.outstanding = 0
             self._broken()
 
     def _came(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:  # noqa: ARG002
         if reply:
+            self._brought = True
             self.outstanding -= 1
             parts = reply.split(b".")
             # $JS.ACK.stream.consumer.delivered.…, or with a domain and a hash of the account before the stream.

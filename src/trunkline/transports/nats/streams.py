@@ -89,9 +89,11 @@ class StreamReader:
         )
         self._came: list[Delivery] = []
         self._dirty: set[int] = set()
+        self._refused: set[int] = set()
         self._committing: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._draining = False
+        self._stopping = False
         self._known = False
 
     # --- the connection ---
@@ -105,13 +107,21 @@ class StreamReader:
         await asyncio.gather(*(self._open(partition) for partition in self.partitions.values()))
         if self._task is None:
             await self._ownership.step()
-            self._task = asyncio.get_running_loop().create_task(self._keep())
+            self._task = self.inflow.spawn(self._keep())
 
     async def _begin(self) -> None:
         if await self._leases.known():
             return
         made, last = await self._log()
-        await self._leases.begin(last + 1 if self._subscription.start == "latest" else 1, made)
+        await self._leases.begin(await self._first(last), made)
+
+    async def _first(self, last: int) -> int:
+        """Return where a new subscription begins."""
+        moment_s = self._subscription.since_s
+        if moment_s is None:
+            return last + 1 if self._subscription.start == "latest" else 1
+        name = self._clock.new_id().replace("-", "")
+        return await self._layout.first_since(self._stream, name, f"{self._subject}.*", moment_s)
 
     async def _log(self) -> tuple[str, int]:
         """Return when the log was made, and its last position."""
@@ -164,7 +174,20 @@ class StreamReader:
             except TransportError as error:
                 level = logging.WARNING if self._connection.link.is_up else logging.DEBUG
                 log.log(level, "%s: leases not renewed: %s", self._subscription.label, error)
+                await self._restore()
+            else:
+                # What is still this process's was refused for another reason, such as a bucket that was made anew.
+                self._dirty |= self._refused.intersection(self.partitions)
+                self._refused.clear()
             self._commit_soon()
+
+    async def _restore(self) -> None:
+        """Make the bucket of cursors again where it was removed."""
+        if self._connection.link.is_up:
+            try:
+                await self._layout.declare([], [self._subscription])
+            except (TransportError, ConfigurationError) as error:
+                log.warning("%s: %s", self._subscription.label, error)
 
     # --- partitions come and go ---
 
@@ -205,7 +228,7 @@ class StreamReader:
 
     def _reopen(self, partition: Partition, source: Source) -> None:
         if partition.source is source and (partition.opening is None or partition.opening.done()):
-            partition.opening = asyncio.get_running_loop().create_task(self._open_again(partition))
+            partition.opening = self.inflow.spawn(self._open_again(partition))
 
     async def _open_again(self, partition: Partition) -> None:
         number = partition.number
@@ -320,7 +343,7 @@ class StreamReader:
 
     def _commit_soon(self) -> None:
         if self._dirty and (self._committing is None or self._committing.done()):
-            self._committing = asyncio.get_running_loop().create_task(self._commit())
+            self._committing = self.inflow.spawn(self._commit())
 
     async def _commit(self) -> None:
         while self._dirty and self._connection.link.is_up:
@@ -338,9 +361,11 @@ class StreamReader:
             # Either another process has it, or our own last write was stored and its answer lost:
             # the next step reads the record and tells.
             log.debug("%s: partition %d: commit refused", self._subscription.label, number)
+            self._refused.add(number)
         except TransportError as error:
             log.debug("%s: partition %d: commit again later: %s", self._subscription.label, number, error)
-            self._dirty.add(number)
+            if not self._stopping:
+                self._dirty.add(number)
 
     async def backlog(self) -> Backlog:
         """Count what waits behind the cursors; see Transport."""
@@ -370,6 +395,7 @@ class StreamReader:
 
     async def stop(self) -> None:
         """Give the partitions back."""
+        self._stopping = True
         await self.drain()
         if self._task is not None:
             self._task.cancel()

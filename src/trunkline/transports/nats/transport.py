@@ -42,12 +42,12 @@ class NatsTransport:
         options = Options(address)
         self._clock = clock
         self._timeout_s = options.seconds("timeout_s", TIMEOUT_S)
-        prefix = options.text("prefix") or "trunkline"
+        prefix = options.text("prefix", "trunkline") or ""
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", prefix):
             raise ConfigurationError(
                 "E241", f"prefix={prefix!r} in the URL of {address.shown}", "letters, digits, - and _"
             )
-        self._lease_s = options.seconds("lease_s", LEASE_S)
+        self._lease_s = options.lease(LEASE_S)
         replicas = options.number("replicas", 0, least=1) or None
         self._connection = Connection(
             address, options, clock, established=self._established, lost=self._lost, denied=self._denied

@@ -36,6 +36,10 @@ SELECT current_setting('server_version') AS server_version, current_user AS me,
     to_regnamespace($1) IS NOT NULL AS exists
 """
 _SUBSCRIPTIONS = "SELECT s.id, c.name, s.name FROM @subscription s JOIN @channel c ON c.id = s.channel"
+_ALL = """
+SELECT s.id, CASE c.kind WHEN 'queue' THEN c.name ELSE s.name || '@' || c.name END, c.kind = 'stream'
+FROM @subscription s JOIN @channel c ON c.id = s.channel ORDER BY 2
+"""
 _READ_LOG = """
 SELECT partition, position, event FROM @log
 WHERE channel = $1 AND position > coalesce(($2::bigint[])[partition + 1], -1)
@@ -146,6 +150,18 @@ class PostgresInspector:
             return Lag(waiting)
         ((waiting, in_flight),) = await self._rows(QUEUE_BACKLOG, *queue_range(number))
         return Lag(waiting, in_flight)
+
+    async def left_over(self) -> dict[str, int]:
+        """Return subscription → what waits for it, of all that the schema has; nothing if it has none."""
+        try:
+            rows = await self._rows(_ALL)
+        except ConfigurationError:
+            return {}
+        found = {}
+        for number, label, is_stream in rows:
+            asked = (STREAM_BACKLOG, number) if is_stream else (QUEUE_BACKLOG, *queue_range(number))
+            found[label] = (await self._rows(*asked))[0][0]
+        return {label: waiting for label, waiting in found.items() if waiting}
 
     # --- messages ---
 

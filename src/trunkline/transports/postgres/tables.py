@@ -130,6 +130,24 @@ CROSS JOIN LATERAL (
 ) l
 """
 
+# A search by halves, for there is no index on the times; what retention has removed counts as older.
+BEGIN_SINCE = """
+WITH RECURSIVE search(partition, low, high) AS (
+    SELECT partition, 1::bigint, next FROM @head WHERE channel = $2
+    UNION ALL
+    SELECT
+        s.partition,
+        CASE WHEN m.older THEN m.middle + 1 ELSE s.low END,
+        CASE WHEN m.older THEN s.high ELSE m.middle END
+    FROM search s CROSS JOIN LATERAL (
+        SELECT (s.low + s.high) / 2 AS middle, coalesce((
+            SELECT at FROM @log WHERE channel = $2 AND partition = s.partition AND position = (s.low + s.high) / 2
+        ), 0) < $3::bigint AS older
+    ) m WHERE s.low < s.high
+)
+INSERT INTO @cursor SELECT $1, partition, low, 0, false FROM search WHERE low = high ON CONFLICT DO NOTHING
+"""
+
 MOVE_CURSORS = """
 UPDATE @cursor c SET position = u.position
 FROM unnest($1::integer[], $2::integer[], $3::bigint[]) AS u(subscription, partition, position)

@@ -24,8 +24,10 @@ from trunkline.postgres import Engine, close_engine, open_engine
 from trunkline.postgres.settings import read_settings
 from trunkline.store import Unit
 from trunkline.transport import LIVE, Address, Backlog, Capabilities, Delivery, Staged, Subscription
+from trunkline.transports.postgres.inspector import PostgresInspector
 from trunkline.transports.postgres.readers import Partition, QueueReader, StreamReader
 from trunkline.transports.postgres.tables import (
+    BEGIN_SINCE,
     HIGHEST,
     MOVE_CURSORS,
     PUT_QUEUE,
@@ -65,9 +67,11 @@ class PostgresTransport:
     )
 
     def __init__(self, address: Address, clock: Clock) -> None:
+        self._address = address
         self._settings = read_settings(address)
         self._clock = clock
         self._routes: dict[str, _Route] = {}
+        self._undeclared: dict[str, tuple[Unit, _Route]] = {}
         self._readers: dict[str, QueueReader | StreamReader] = {}
         self._retention: dict[str, float] = {}
         self._labels: set[str] = set()
@@ -77,6 +81,15 @@ class PostgresTransport:
         self._moving: list[tuple[Partition, int]] = []
         self._draining = False
         self.engine: Engine
+
+    async def left_over(self) -> dict[str, int]:
+        """Return subscription → what waits for it in the schema; not to be started for that, see inspection.py."""
+        inspector = PostgresInspector(self._address, self._clock)
+        await inspector.open()
+        try:
+            return await inspector.left_over()
+        finally:
+            await inspector.close()
 
     # --- contract ---
 
@@ -189,6 +202,9 @@ class PostgresTransport:
     async def _declare_cursors(
         self, connection: asyncpg.Connection, number: int, channel: int, subscription: Subscription
     ) -> None:
+        if subscription.since_s is not None:
+            await connection.execute(self.engine.sql(BEGIN_SINCE), number, channel, subscription.since_s)
+            return
         begin = "next" if subscription.start == "latest" else "1"
         await connection.execute(
             self.engine.sql(
@@ -316,6 +332,7 @@ class PostgresTransport:
                     route = routes.get(staged.channel.name)
                     if route is None:  # declared after the start; known once this is committed
                         route = await self._declare_channel(connection, staged.channel, undeclared)
+                        self._undeclared[staged.channel.name] = (unit, route)
                     rows.add(staged, route)
                     told.add(route.word)
         return rows
@@ -375,10 +392,17 @@ class PostgresTransport:
 
     def committed(self, units: Sequence[Unit], *, alone: bool) -> None:
         """Forget what was settled; move on."""
+        if self._undeclared:
+            self._learn_routes(units)
         if not alone:
             moving, self._moving = self._moving, []
             for state, low in moving:
                 state.written = low
+        if self._let_go(units) and self._timer is None and not self._draining:
+            self._timer = self._clock.call_later(CURSORS_S, self._write_cursors)
+
+    def _let_go(self, units: Sequence[Unit]) -> bool:
+        """Forget what `units` settled; return whether that moves a partition on."""
         settled: dict[Partition, list[int]] = {}
         for unit in units:
             for delivery in unit.deliveries:
@@ -388,13 +412,19 @@ class PostgresTransport:
                 if isinstance(reader, QueueReader):
                     reader.held.discard(delivery.position)
                 else:
-                    state = reader.partitions.get(delivery.partition)  # type: ignore[assignment]
+                    state = reader.partitions.get(delivery.partition)
                     if state is not None:
                         settled.setdefault(state, []).append(delivery.position)
         for state, positions in settled.items():
             state.watermark.done(positions)
-        if settled and self._timer is None and not self._draining:
-            self._timer = self._clock.call_later(CURSORS_S, self._write_cursors)
+        return bool(settled)
+
+    def _learn_routes(self, units: Sequence[Unit]) -> None:
+        """From now on know the channels that `units` declared."""
+        for name, (unit, route) in list(self._undeclared.items()):
+            if any(unit is one for one in units):
+                self._routes[name] = route
+                del self._undeclared[name]
 
     def _write_cursors(self) -> None:
         self._timer = None

@@ -21,7 +21,7 @@ from trunkline.transports.rabbitmq.client import NOT_FOUND, AmqpError, Arrived, 
 from trunkline.transports.rabbitmq.judgement import judge_alarm, judge_channel, judge_server
 from trunkline.transports.rabbitmq.names import Declarer, Names, explained
 from trunkline.transports.rabbitmq.queue_reader import read_message
-from trunkline.transports.rabbitmq.stream_reader import offset_of
+from trunkline.transports.rabbitmq.stream_reader import id_of, offset_of
 from trunkline.transports.rabbitmq.transport import RabbitmqTransport
 
 ALARM_S = 0.5
@@ -183,7 +183,8 @@ class RabbitmqInspector:
             raise ConfigurationError(
                 "E230",
                 f"{self._door.shown} hands out what waits in {channel.kind} {channel.name!r} only by taking it",
-                '"trunkline backlog" counts it, "trunkline dead list" shows what failed',
+                '"trunkline backlog" counts it, a handler takes it; where there is a store "trunkline dead list" shows'
+                " what failed",
             )
         came: asyncio.Queue[list[Arrived]] = asyncio.Queue()
         try:
@@ -220,5 +221,5 @@ class RabbitmqInspector:
 
 def _seen(arrived: Arrived, channel: Channel) -> Seen:
     position = offset_of(arrived) if isinstance(channel, Stream) else arrived.tag
-    message = read_message(arrived, channel.plain, channel.name, f"{channel.name}/{position}", 0.0)
+    message = read_message(arrived, channel.plain, channel.name, id_of(channel.name, position, arrived.body), 0.0)
     return Seen(position, message, arrived.body if message is None else b"")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection
+from zlib import crc32
 
 from trunkline.channel import Stream
 from trunkline.clock import Clock
@@ -19,7 +20,7 @@ from trunkline.partitions import CLOSE_S, Ownership, Watermark
 from trunkline.transport import Delivery, Subscription
 from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Channel, Connection
 from trunkline.transports.rabbitmq.queue_reader import read_message
-from trunkline.transports.rabbitmq.tokens import Tokens
+from trunkline.transports.rabbitmq.tokens import TRIMMED, Token, Tokens
 
 log = logging.getLogger("trunkline.rabbitmq")
 
@@ -33,6 +34,8 @@ COMMIT_S = 0.25
 """Between two commits of a partition."""
 BALANCE_S, SOON_S, SOON_STEPS = 1.0, 0.3, 10
 """Between two looks at who reads what: usually, and the first ones of a connection."""
+LOG_SHIFT = 40
+"""Positions of the next log begin at the next multiple of 2 to this: what is late of an old one settles nothing new."""
 _OFFSET = b"\x0fx-stream-offsetl"
 _ONLY_OFFSET = b"\x00\x00\x00\x19" + _OFFSET
 
@@ -58,6 +61,19 @@ def offset_of(arrived: Arrived) -> int:
     return int.from_bytes(properties[start : start + 8], "big")
 
 
+def origin_of(arrived: Arrived) -> int:
+    """Return what identifies a log by the first message that it still has; see Token.
+
+    Only the body: how the broker words the properties depends on its version.
+    """
+    return TRIMMED if offset_of(arrived) else crc32(arrived.body)
+
+
+def id_of(log_name: str, position: int, body: bytes) -> str:
+    """Return the id of a message that has none: its place, and what is in it, for places begin again in a new log."""
+    return f"{log_name}/{position}/{crc32(body):08x}"
+
+
 class Part:
     """One partition that is read here.
 
@@ -65,15 +81,19 @@ class Part:
         suspect: positions below it may have been in a handler when a process died.
         high: one past the highest position that came.
         credit: messages that came and were not acknowledged.
+        base: what is added to an offset of the broker to get a position.
     """
 
-    def __init__(self, number: int, start: int, suspect: int) -> None:
+    def __init__(self, number: int, token: Token, suspect: int) -> None:
         self.number = number
-        self.watermark = Watermark(start)
-        self.suspect = suspect
-        self.high = start
+        self.base = token.log << LOG_SHIFT
+        self.start = self.base + token.offset
+        self.watermark = Watermark(self.start)
+        self.suspect = self.base + suspect
+        self.high = self.start
         self.channel: Channel | None = None
         self.closing = False
+        self.origin = token.origin
         self._came = 0
         self._settled = 0
         self._acked = 0
@@ -116,6 +136,7 @@ class StreamReader:
         self._connection: Connection | None = None
         self._draining = False
         self._steps = 0
+        self._looking: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self.ownership = Ownership(
             subscription.label, len(logs), tokens, clock, opened=self._opened, closed=self._closed
@@ -132,8 +153,7 @@ class StreamReader:
         self._connection = connection
         self._steps = 0
         if not self._tasks:
-            loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(self._balance()), loop.create_task(self._commit_often())]
+            self._tasks = [self.inflow.spawn(self._balance()), self.inflow.spawn(self._commit_often())]
 
     def lost(self) -> None:
         """Drop everything: the broker gives the tokens to others."""
@@ -168,29 +188,89 @@ class StreamReader:
         part = self.parts.get(number)
         if part is not None:
             try:
-                await self.tokens.commit(number, part.watermark.low, part.high, last=last)
+                await self.tokens.commit(number, part.watermark.low - part.base, part.high - part.base, last=last)
             except TrunklineError as error:
                 log.warning("%s: how far it is was not noted: %s", self.subscription.label, error)
 
     # --- partitions come and go ---
 
     async def _opened(self, number: int) -> None:
-        start, suspect = self.tokens.start(number)
-        part = self.parts[number] = Part(number, start, suspect)
+        token, suspect = self.tokens.start(number)
+        part = self.parts[number] = Part(number, token, suspect)
         self.inflow.reassigned()
         try:
-            await self._read(part, start)
+            # From position 0 on nothing can be passed over, whichever log it is.
+            await (self._look(part) if token.offset else self._read(part))
         except AmqpError as error:
             self.parts.pop(number, None)
             raise TransportError("E520", f"{self.logs[number]}: {error.text}", "it is tried again") from error
 
-    async def _read(self, part: Part, start: int) -> None:
+    async def _consume(self, part: Part, prefetch: int, offset: int | str) -> Channel:
         if self._connection is None:
             raise AmqpError(0, "not connected")
-        channel = await self._connection.channel()
+        part.channel = channel = await self._connection.channel()
         channel.arrived = lambda batch: self._arrived(part, batch)
-        part.channel = channel
-        await channel.consume(self.logs[part.number], "s", self._prefetch, {"x-stream-offset": start})
+        if offset == "first":
+            channel.arrived = lambda batch: self._looked(part, batch)
+        await channel.consume(self.logs[part.number], "s", prefetch, {"x-stream-offset": offset})
+        return channel
+
+    async def _read(self, part: Part) -> None:
+        await self._consume(part, self._prefetch, part.start - part.base)
+
+    async def _look(self, part: Part) -> None:
+        """Have the first message of the log brought, to see whether the token is of this log.
+
+        One that was deleted and made anew would be passed over up to the token's position. While it is empty nothing
+        comes, and nothing is to be read.
+        """
+        await self._consume(part, 1, "first")
+
+    def _looked(self, part: Part, batch: list[Arrived]) -> None:
+        if not self._reads(part) or part.channel is None:
+            return
+        channel, origin = part.channel, origin_of(batch[0])
+        channel.arrived = lambda _: None
+        # A log only ever loses its beginning: one that was trimmed has no position 0 any more.
+        if part.origin is None or origin in (part.origin, TRIMMED):
+            self.tokens.learn(part.number, origin)
+        else:
+            renewed = self._begin_again(part, 0, origin, "its log was deleted and made anew")
+            if renewed is None:
+                return
+            part = renewed
+        task = self.inflow.spawn(self._go_on(part, channel))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def _go_on(self, part: Part, channel: Channel) -> None:
+        await channel.close()
+        if not self._reads(part):
+            return
+        try:
+            await self._read(part)
+        except AmqpError as error:
+            log.debug("%s: partition %d: %s", self.subscription.label, part.number, error.text)
+        if not self._reads(part) and part.channel is not None:
+            await part.channel.close()  # it was given up meanwhile
+
+    def _reads(self, part: Part) -> bool:
+        return self.parts.get(part.number) is part and not part.closing
+
+    def _begin_again(self, part: Part, offset: int, origin: int | None, why: str) -> Part | None:
+        """Read from `offset` on, below what the token says; nothing if the token is gone meanwhile."""
+        token = self.tokens.renew(part.number, offset, origin)
+        if token is None:
+            return None
+        log.warning(
+            "%s: partition %d was handled up to %d, but %s: it is read from %d on",
+            self.subscription.label, part.number, part.start - part.base, why, offset,
+        )  # fmt: skip
+        self.inflow.forget(part.number)
+        renewed = self.parts[part.number] = Part(part.number, token, 0)
+        renewed.channel = part.channel
+        self.inflow.reassigned()
+        return renewed
 
     async def _closed(self, number: int, planned: bool) -> None:  # noqa: FBT001 - as Ownership calls it
         part = self.parts.get(number)
@@ -217,15 +297,26 @@ class StreamReader:
     # --- messages ---
 
     def _arrived(self, part: Part, batch: list[Arrived]) -> None:
-        if part.closing or self.parts.get(part.number) is not part:
+        if not self._reads(part):
             return
+        first = offset_of(batch[0])
+        if part.high == part.start and first < part.start - part.base:
+            renewed = self._begin_again(part, first, part.origin, "its log lost its end")
+            if renewed is None or part.channel is None:
+                return
+            part.channel.arrived = lambda later: self._arrived(renewed, later)
+            part = renewed
+        if not part.start - part.base and part.high == part.start:
+            part.origin = origin_of(batch[0])
+            self.tokens.learn(part.number, part.origin)
         subscription, number, suspect = self.subscription, part.number, part.suspect
         kind, log_name = subscription.channel.plain, self.logs[number]
         now = 0.0 if kind is None else self._clock.now()
         deliveries, positions = [], []
         for arrived in batch:
-            position = offset_of(arrived)
-            message = read_message(arrived, kind, log_name, f"{log_name}/{position}", now)
+            position = part.base + offset_of(arrived)
+            fallback = "" if kind is None else id_of(log_name, position, arrived.body)
+            message = read_message(arrived, kind, log_name, fallback, now)
             positions.append(position)
             deliveries.append(
                 Delivery(
@@ -245,7 +336,7 @@ class StreamReader:
         """Note what is finished of a partition; nothing if it is not read here any more."""
         part = self.parts.get(number)
         if part is not None:
-            part.settle(positions)
+            part.settle([position for position in positions if position >= part.base])
 
     # --- the end ---
 
@@ -261,9 +352,10 @@ class StreamReader:
 
     async def stop(self) -> None:
         """Give everything back."""
-        for task in self._tasks:
+        ending = [*self._tasks, *self._looking]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*ending, return_exceptions=True)
         self._tasks.clear()
         if self._connection is not None:
             try:

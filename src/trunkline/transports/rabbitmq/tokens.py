@@ -3,7 +3,8 @@
 A token is a message in a quorum queue of its own with a single active consumer. Whoever consumes it reads the
 partition; when that process dies, the broker gives the token to the next one. So no clock decides.
 Invariant: a token names a position below which everything is finished; several of one partition are harmless, since
-the highest of those that were committed counts, and of those from the start of the subscription the lowest.
+the highest of those that were committed counts, and of those from the start of the subscription the lowest. One of a
+later log beats them all.
 Never does: read the Stream (stream_reader.py). Read next: stream_reader.py.
 """
 
@@ -23,6 +24,8 @@ from trunkline.transports.rabbitmq.publisher import Publisher, Route
 
 log = logging.getLogger("trunkline.rabbitmq")
 
+TRIMMED = -1
+"""Of a log whose first message was gone when somebody looked."""
 CLAIM_S = 2.0
 """How long a token is waited for before another process is taken for its holder."""
 BEYOND = 5000
@@ -38,14 +41,21 @@ class Token(msgspec.Struct, frozen=True, omit_defaults=True):
         offset: the first position that may be unfinished.
         high: one past the highest position that was handed out when it was written.
         first: whether it was written at the start of the subscription, not after something was finished.
+        log: how many logs the subscription had before this one.
+        origin: checksum of the log's first message, at position 0, or TRIMMED; None if nobody looked. A log that was
+            made anew has another one.
     """
 
     offset: int
     high: int = 0
     first: bool = False
+    log: int = 0
+    origin: int | None = None
 
     def beats(self, other: Token) -> bool:
         """Return whether this one counts rather than `other`."""
+        if self.log != other.log:
+            return self.log > other.log
         if self.first != other.first:
             return other.first
         return self.offset < other.offset if self.first else self.offset >= other.offset
@@ -61,11 +71,13 @@ class Held:
     Attributes:
         token: the one that counts. again: whether it was with a process that did not give it back.
         awaited: offset of a commit that is to come by, and since when.
+        unwritten: it knows of the log what no token says yet.
     """
 
     def __init__(self) -> None:
         self.token: Token | None = None
         self.again = False
+        self.unwritten = False
         self.awaited: tuple[int, float] | None = None
         self.count = 0
         self.came: asyncio.Event = asyncio.Event()
@@ -156,12 +168,28 @@ class Tokens:
                 continue
             held.add(channel, arrived, token)
 
-    def start(self, partition: int) -> tuple[int, int]:
-        """Return (where to begin, up to where messages are suspect) for a partition that is held."""
+    def start(self, partition: int) -> tuple[Token, int]:
+        """Return (the token that counts, up to where messages are suspect) for a partition that is held."""
         held = self._held[partition]
         token = held.token
         assert token is not None  # noqa: S101 - claimed
-        return token.offset, max(token.offset, token.high) + BEYOND if held.again else 0
+        return token, max(token.offset, token.high) + BEYOND if held.again else 0
+
+    def learn(self, partition: int, origin: int) -> None:
+        """Note what the log begins with."""
+        held = self._held.get(partition)
+        if held is not None and held.token is not None and held.token.origin != origin:
+            held.token = msgspec.structs.replace(held.token, origin=origin)
+            held.unwritten = True
+
+    def renew(self, partition: int, offset: int, origin: int | None) -> Token | None:
+        """Begin at `offset` of another log; return the token, or None if the partition is not held any more."""
+        held = self._held.get(partition)
+        if held is None or held.token is None:
+            return None
+        held.token = Token(offset, offset, log=held.token.log + 1, origin=origin)
+        held.awaited, held.unwritten = None, True
+        return held.token
 
     async def commit(self, partition: int, offset: int, high: int, *, last: bool = False) -> None:
         """Write how far a partition is finished; nothing is done if that is known or it is not held.
@@ -178,12 +206,13 @@ class Tokens:
             if not last:
                 return
             known = held.awaited[0]
-        if known < offset:
-            held.awaited = (offset, math.inf)
+        if known < offset or held.unwritten:
+            held.awaited, held.unwritten = (offset, math.inf), False
+            token = Token(offset, high, log=held.token.log, origin=held.token.origin)
             try:
-                await self._publisher.publish(self._routes[partition], _encode(Token(offset, high)))
+                await self._publisher.publish(self._routes[partition], _encode(token))
             except TrunklineError:
-                held.awaited = None
+                held.awaited, held.unwritten = None, True
                 raise
             if held.awaited is not None:
                 held.awaited = (offset, self._clock.monotonic())

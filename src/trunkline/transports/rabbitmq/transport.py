@@ -13,6 +13,8 @@ import logging
 import re
 import ssl
 from collections.abc import Awaitable, Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
@@ -20,6 +22,7 @@ from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import TIMEOUT_S, Link, Options
 from trunkline.message import partition_of
+from trunkline.tasks import spawn
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.rabbitmq.client import (
     ACCESS_REFUSED,
@@ -41,6 +44,8 @@ from trunkline.wire import encode
 log = logging.getLogger("trunkline.rabbitmq")
 
 HEARTBEAT_S = 10
+MOST_HEARTBEAT_S = 65_535
+"""AMQP 0-9-1, connection.tune-ok: a short."""
 CONNECT_S = 60.0
 """How long one host may take for signing in and declaring, on a later connection; the first one has `timeout_s`."""
 ANSWER_S = 15.0
@@ -71,10 +76,14 @@ class RabbitmqTransport:
         self._address = address
         self._clock = clock
         self._timeout_s = options.seconds("timeout_s", TIMEOUT_S)
-        self._heartbeat_s = options.number("heartbeat", HEARTBEAT_S)
+        self._heartbeat_s = options.number("heartbeat", HEARTBEAT_S, most=MOST_HEARTBEAT_S)
         prefix = options.text("prefix", "trunkline") or ""
         files = [options.text(name) for name in ("ca", "cert", "key")]
         options.end()
+        if address.scheme != "amqps" and any(files):
+            raise ConfigurationError(
+                "E241", f"{address.shown} has ca, cert or key without TLS", "write amqps:// in place of amqp://"
+            )
         if not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(
                 "E241", f"prefix={prefix!r} in the URL of {address.shown}", "letters, digits and '-', '_', '.'"
@@ -104,7 +113,11 @@ class RabbitmqTransport:
         except BaseException:
             await self.stop()
             raise
-        self._flushing = asyncio.get_running_loop().create_task(self._flush_acks())
+        self._flushing = spawn(self._flush_acks(), self._failed)
+
+    def _failed(self, error: BaseException) -> None:
+        for reader in self._readers.values():
+            reader.inflow.fail(error)
 
     def _reader(self, subscription: Subscription) -> QueueReader | StreamReader:
         channel = subscription.channel
@@ -227,14 +240,17 @@ class RabbitmqTransport:
             self._routes[channel.name] = [Route(f"topic {channel.name!r}", name, "", mandatory=False)]
 
     async def _place_tokens(self, reader: StreamReader, numbers: Sequence[int]) -> None:
-        offsets = [0] * len(numbers)
-        if reader.subscription.start == "latest":
-            offsets = await asyncio.gather(*(self._end_of(reader.logs[number]) for number in numbers))
+        logs, offsets = [reader.logs[number] for number in numbers], [0] * len(numbers)
+        moment_s = reader.subscription.since_s
+        if moment_s is not None:
+            offsets = await asyncio.gather(*(self._first_since(name, moment_s) for name in logs))
+        elif reader.subscription.start == "latest":
+            offsets = await asyncio.gather(*(self._end_of(name) for name in logs))
         # One by one: a dead queue holds up the confirms of the others.
         for number, offset in zip(numbers, offsets, strict=True):
             await self._answered(reader.tokens.queues[number], reader.tokens.place(number, offset))
 
-    async def _answered(self, queue: str, asking: Awaitable[None]) -> None:
+    async def _answered(self, queue: str, asking: Awaitable[Any]) -> None:
         """Wait for what a queue has to answer: one without a leader never does.
 
         Raises: TransportError E520 that names it; whatever `asking` raises.
@@ -280,6 +296,33 @@ class RabbitmqTransport:
             wait_s = _QUIET_S
         await channel.close()
         return end
+
+    async def _first_since(self, log_name: str, moment_s: int) -> int:
+        """Return the position of the first message of a stream that was stored at a moment or later, or of the next.
+
+        The broker finds the first chunk that was written then or later. Where there is none it says nothing: what it
+        brings to a second consumer, of the last chunk, comes after anything for the first.
+        """
+        end = await self._end_of(log_name)
+        if not end:
+            return 0
+        assert self._receiving is not None  # noqa: S101 - called while connected
+        channel = await self._receiving.channel()
+        came = asyncio.Event()
+        found = [end]
+
+        def arrived(batch: list[Arrived]) -> None:
+            found.extend(offset_of(one) for one in batch if one.consumer == b"since")
+            if any(one.consumer == b"last" for one in batch):
+                came.set()
+
+        channel.arrived = arrived
+        await channel.consume(log_name, "since", 1, {"x-stream-offset": datetime.fromtimestamp(moment_s, UTC)})
+        await channel.consume(log_name, "last", 1, {"x-stream-offset": "last"})
+        await self._answered(log_name, came.wait())
+        await channel.queue(log_name)  # answered after what was brought with it
+        await channel.close()
+        return min(found)
 
     # --- the connections ---
 
@@ -419,7 +462,7 @@ class RabbitmqTransport:
         parts = list(reader.parts.items())
         ends = await asyncio.gather(*(self._end_of(reader.logs[number]) for number, _ in parts))
         waiting = sum(
-            max(0, end - part.high) + part.under_way() for end, (_, part) in zip(ends, parts, strict=True)
+            max(0, part.base + end - part.high) + part.under_way() for end, (_, part) in zip(ends, parts, strict=True)
         )  # fmt: skip
         return Backlog(waiting, sum(part.under_way() for _, part in parts))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trunkline.channel import Channel, Queue, Stream
 from trunkline.clock import Clock
-from trunkline.errors import TransportError
+from trunkline.errors import ConfigurationError, TransportError
 from trunkline.inspection import Finding, Lag, Seen, Verdict
 from trunkline.transport import Address, Subscription
 from trunkline.transports.redis.connection import Connection, Refusal, failure, pack
@@ -147,7 +147,12 @@ class RedisInspector:
 
     async def read(self, channel: Channel, *, from_start: bool, follow: bool) -> AsyncIterator[Seen]:
         """Yield entries, which reading leaves where they are; see Inspector."""
-        streams = Names(self._server.prefix, channel).streams
+        names = Names(self._server.prefix, channel)
+        streams = names.streams
+        if not await self._run(pack(("EXISTS", names.settings, *streams))):
+            raise ConfigurationError(
+                "E233", f"no {channel.kind} {channel.name!r} on {self._server.shown}", "start a service first"
+            )
         whole = from_start or not follow or not isinstance(channel, Stream)
         after = {}
         for stream in streams:

@@ -64,6 +64,11 @@ def group_of(subscription: Subscription) -> str:
     return QUEUE_GROUP if isinstance(subscription.channel, Queue) else subscription.name
 
 
+def before_ms(moment_ms: int) -> str:
+    """Return the last id that an entry of the millisecond before a moment may have."""
+    return f"{moment_ms - 1}-{_MAX_SEQUENCE - 1}"
+
+
 def position_of(entry_id: bytes) -> int:
     """Return the id of an entry as one number; of ids that do not fit several may share one."""
     ms, _, sequence = entry_id.partition(b"-")

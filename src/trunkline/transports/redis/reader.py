@@ -39,6 +39,10 @@ class Commands(Protocol):
     async def run_surely(self, commands: bytes, count: int) -> None:
         """Send packed commands; again when the connection ends before they are answered."""
 
+    @property
+    def is_up(self) -> bool:
+        """Return whether there is a connection, as far as is known."""
+
     async def until_up(self) -> None:
         """Wait until there is a connection."""
 
@@ -63,7 +67,6 @@ class Reader:
         self.inflow = Inflow(subscription, ROOM)
         self.names = Names(server.prefix, subscription.channel)
         self.group = group_of(subscription)
-        self.start = subscription.start
         self._server = server
         self._commands = commands
         self._clock = clock
@@ -111,14 +114,7 @@ class Reader:
 
     def begin(self) -> None:
         """Read and tend from now on."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._read_always()), loop.create_task(self._tend_always())]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s is read no more: %s", self.subscription.label, error, exc_info=error)
+        self._tasks = [self.inflow.spawn(self._read_always()), self.inflow.spawn(self._tend_always())]
 
     async def drain(self) -> None:
         """Read nothing more; what is held stays so until `stop`."""
@@ -148,9 +144,9 @@ class Reader:
                     self.connection = None
                     await connection.close()
             except TrunklineError as error:
-                log.warning("%s: reading is begun again: %s", self.subscription.label, error)
                 self._commands.failed(error)
                 await self._clock.sleep(AGAIN_S)
+                self._tell("%s: reading is begun again: %s", error)
 
     async def _tend_always(self) -> None:
         pause_s = min(1.0, self._server.lease_s / 10)
@@ -159,8 +155,12 @@ class Reader:
             try:
                 await self.tend()
             except TrunklineError as error:
-                log.warning("%s: %s", self.subscription.label, error)
+                self._tell("%s: %s", error)
                 self._commands.failed(error)
+
+    def _tell(self, text: str, error: TrunklineError) -> None:
+        """Log what went wrong; while there is no connection the link says so, for all subscriptions."""
+        log.log(logging.WARNING if self._commands.is_up else logging.DEBUG, text, self.subscription.label, error)
 
     async def _blocking(self, connection: Connection, command: bytes) -> Any:
         (reply,) = await connection.request(command, 1, BLOCK_MS / 1000)

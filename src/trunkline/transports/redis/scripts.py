@@ -18,6 +18,7 @@ local function map(flat)
   return found
 end
 local function group_of(key, name)
+  if redis.call('EXISTS', key) == 0 then return end
   for _, flat in ipairs(redis.call('XINFO', 'GROUPS', key)) do
     local group = map(flat)
     if group['name'] == name then return group end
@@ -75,7 +76,7 @@ return redis.call('HMGET', KEYS[1], 'kind', 'partitions')
 """)
 
 GROUP = Script("""
--- KEYS streams; ARGV group, 0 or $, whether the server counts entries. Creates what is missing.
+-- KEYS streams; ARGV group, 0 or $ or an id, whether the server counts entries. Creates what is missing.
 for _, key in ipairs(KEYS) do
   if redis.call('EXISTS', key) == 0 then
     redis.call('XGROUP', 'CREATE', key, ARGV[1], '0', 'MKSTREAM')
@@ -83,7 +84,7 @@ for _, key in ipairs(KEYS) do
     local stream = map(redis.call('XINFO', 'STREAM', key))
     local read = stream['entries-added']
     if ARGV[2] == '0' and read then read = read - stream['length'] end
-    if ARGV[3] == '1' and read then
+    if ARGV[3] == '1' and read and (ARGV[2] == '0' or ARGV[2] == '$') then
       redis.call('XGROUP', 'CREATE', key, ARGV[1], ARGV[2], 'ENTRIESREAD', read)
     else
       redis.call('XGROUP', 'CREATE', key, ARGV[1], ARGV[2])
@@ -211,8 +212,9 @@ for i = 5, #ARGV do
   local ends = held and string.match(held, '^(%d+) ')
   if not ends or tonumber(ends) <= now or mine(KEYS[1], ARGV[i], ARGV[1]) then
     local key = KEYS[i - 2]
-    redis.call('HSET', KEYS[1], ARGV[i], until_ms .. ' ' .. ARGV[1])
     local group = group_of(key, ARGV[4])
+    if not group then return redis.error_reply('NOGROUP group ' .. ARGV[4] .. ' of ' .. key .. ' was deleted') end
+    redis.call('HSET', KEYS[1], ARGV[i], until_ms .. ' ' .. ARGV[1])
     local cursor = group['last-delivered-id']
     local read = group['entries-read']
     local stream = map(redis.call('XINFO', 'STREAM', key))
@@ -241,11 +243,15 @@ return lost
 
 COMMIT = Script("""
 -- KEYS owners, streams; ARGV token, group, then number, id and entries read (or -1) of each stream.
+-- A group that was deleted is made again: only the owner knows where it was.
 for i = 2, #KEYS do
   local number, id, read = ARGV[i * 3 - 3], ARGV[i * 3 - 2], ARGV[i * 3 - 1]
   if mine(KEYS[1], number, ARGV[1]) then
     local group = group_of(KEYS[i], ARGV[2])
-    if group and before(group['last-delivered-id'], id) then
+    if not group and redis.call('EXISTS', KEYS[i]) == 1 then
+      redis.call('XGROUP', 'CREATE', KEYS[i], ARGV[2], id)
+      if read ~= '-1' then redis.call('XGROUP', 'SETID', KEYS[i], ARGV[2], id, 'ENTRIESREAD', read) end
+    elseif group and before(group['last-delivered-id'], id) then
       if read == '-1' then
         redis.call('XGROUP', 'SETID', KEYS[i], ARGV[2], id)
       else

@@ -24,10 +24,12 @@ from trunkline.wire import MAX_WIRE_BYTES
 PORT = 6379
 ATTEMPT_S = 5.0
 """How long one host may take to accept a connection; half of a shorter `timeout_s`, so that the reason is told."""
+PROBE_S = 1.0
+"""How long a port is looked at that did not answer as asked."""
 OLDEST = (6, 2)
 """XAUTOCLAIM, XTRIM MINID and XPENDING IDLE came with this version."""
 
-_PREFIX = re.compile(r"[A-Za-z0-9._:/-]{1,100}")
+_PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Server:
@@ -42,14 +44,20 @@ class Server:
     def __init__(self, address: Address, clock: Clock) -> None:
         options = Options(address)
         self.timeout_s = options.seconds("timeout_s", TIMEOUT_S)
-        self.lease_s = options.seconds("lease_s", LEASE_S)
+        self.lease_s = options.lease(LEASE_S)
         self.replicas = options.number("replicas", 0, least=0)
         prefix = options.text("prefix", "trunkline")
-        files = {name: options.text(name) for name in ("ca", "cert", "key")} if address.scheme == "rediss" else {}
+        files = {name: options.text(name) for name in ("ca", "cert", "key")}
         options.end()
+        if address.scheme != "rediss" and any(files.values()):
+            raise ConfigurationError(
+                "E241", f"{address.shown} has ca, cert or key without TLS", "write rediss:// in place of redis://"
+            )
         if not prefix or not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(
-                "E241", f"prefix={prefix!r} in the URL of {address.shown}", "letters, digits, ._:/-"
+                "E241",
+                f"prefix={prefix!r} in the URL of {address.shown}",
+                "letters, digits and '-', '_', '.', at most 100",
             )
         self.prefix = prefix
         self.shown = address.shown
@@ -59,9 +67,7 @@ class Server:
         self._clock = clock
         self._hosts = [(name, port or PORT) for name, port in address.hosts] or [("localhost", PORT)]
         self._database = _database(address)
-        self._hello: tuple[str | int, ...] = ("HELLO", 2)
-        if address.user is not None or address.password is not None:
-            self._hello += ("AUTH", address.user or "default", address.password or "")
+        self._credentials = address.credentials
         self._tls = _tls(address, files) if address.scheme == "rediss" else None
 
     async def connect(self, lost: Callable[[Connection], None]) -> Connection:
@@ -85,12 +91,26 @@ class Server:
                 await self._greet(connection, f"{host}:{port}")
         except TimeoutError:
             await _forget(connection)
-            hint = " (does this port speak TLS?)" if self._tls else ""
-            raise TransportError("E522", f"{host}:{port} does not answer{hint}", "see whether it runs") from None
+            await self._check_scheme(host, port)
+            raise TransportError("E522", f"{host}:{port} does not answer", "see whether it runs") from None
+        except _EndedAtOnceError:
+            await _forget(connection)
+            await self._check_scheme(host, port)
+            raise
         except BaseException:
             await _forget(connection)
             raise
         return connection
+
+    async def _check_scheme(self, host: str, port: int) -> None:
+        """Look whether the port speaks TLS and the URL does not, or the other way round.
+
+        Raises: ConfigurationError E245 if so.
+        """
+        if self._tls is None and await _speaks_tls(host, port):
+            raise ConfigurationError("E245", f"{host}:{port} speaks TLS only", "write rediss:// in place of redis://")
+        if self._tls is not None and await _speaks_plainly(host, port):
+            raise ConfigurationError("E245", f"{host}:{port} speaks no TLS", "write redis:// in place of rediss://")
 
     async def _open(self, connection: Connection, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()
@@ -106,13 +126,17 @@ class Server:
         except OSError as error:
             raise TransportError("E522", f"{host}:{port}: {error}", "see whether it runs") from error
 
+    def _hello(self) -> tuple[str | int, ...]:
+        user, password = self._credentials.user, self._credentials.password
+        signs_in = user is not None or password is not None
+        return ("HELLO", 2, "AUTH", user or "default", password or "") if signs_in else ("HELLO", 2)
+
     async def _greet(self, connection: Connection, place: str) -> None:
-        commands = [pack(self._hello), pack(("SELECT", self._database)), pack(("PING",))]
+        commands = [pack(self._hello()), pack(("SELECT", self._database)), pack(("PING",))]
         try:
             hello, select, ping = await connection.request(b"".join(commands), 3)
         except TransportError as error:
-            hint = "" if self._tls else " (a port for TLS? then write rediss://)"
-            raise TransportError("E522", f"{place} ended the connection at once{hint}", "see its log") from error
+            raise _EndedAtOnceError("E522", f"{place} ended the connection at once", "see its log") from error
         if isinstance(hello, Refusal):
             if str(hello).startswith("ERR unknown command"):
                 raise _too_old(place, "6.0 or older")
@@ -161,6 +185,38 @@ class Server:
                 f"maxmemory-policy is {settings['maxmemory-policy']}: messages are evicted when memory is full"
             )
         return found
+
+
+class _EndedAtOnceError(TransportError):
+    """The server closed the connection before it answered."""
+
+
+async def _speaks_tls(host: str, port: int) -> bool:
+    """Return whether a TLS handshake gets an answer; whose certificate it is does not matter here."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(PROBE_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+async def _speaks_plainly(host: str, port: int) -> bool:
+    """Return whether a PING without TLS is answered."""
+    writer = None
+    try:
+        async with asyncio.timeout(PROBE_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(pack(("PING",)))
+            return await reader.read(1) in (b"+", b"-")
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 async def _forget(connection: Connection) -> None:

@@ -20,7 +20,7 @@ from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import Link
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.redis.connection import Connection, Refusal, failure, pack
-from trunkline.transports.redis.layout import QUEUE_GROUP, Names
+from trunkline.transports.redis.layout import QUEUE_GROUP, Names, before_ms
 from trunkline.transports.redis.publisher import Publisher
 from trunkline.transports.redis.queue import QueueReader
 from trunkline.transports.redis.reader import Reader
@@ -63,6 +63,7 @@ class RedisTransport:
         self._declaring = Declaring(self._declare_late, self._publisher.send)
         self._readers: dict[str, Reader] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._latest = "$"
 
     # --- contract ---
 
@@ -210,9 +211,19 @@ class RedisTransport:
     async def _declare_groups(self) -> None:
         counts = int(self._server.version >= COUNTS)
         for reader in self._readers.values():
-            begin = "0" if isinstance(reader, StreamReader) and reader.start == "earliest" else "$"
             if not isinstance(reader.subscription.channel, Queue):
+                begin = self._begin(reader.subscription)
                 await self.run(GROUP.run(tuple(reader.names.streams), reader.group, begin, counts))
+        if self._latest == "$":
+            # Where a group is deleted later, what came since then is not passed over.
+            seconds, _ = await self.run(pack(("TIME",)))
+            self._latest = f"{seconds.decode()}000-0"
+
+    def _begin(self, subscription: Subscription) -> str:
+        """Return the id after which a new group begins."""
+        if not isinstance(subscription.channel, Stream) or subscription.start == "latest":
+            return self._latest
+        return "0" if subscription.since_s is None else before_ms(subscription.since_s * 1000)
 
     async def run(self, command: bytes) -> Any:
         """Send one packed command, return its reply.
@@ -244,13 +255,18 @@ class RedisTransport:
                     raise failure(self._server.shown, reply)
             return
 
+    @property
+    def is_up(self) -> bool:
+        """Return whether there is a connection, as far as is known."""
+        return self._connection is not None
+
     async def until_up(self) -> None:
         """Wait until there is a connection."""
         while self._connection is None:
             try:
                 await self._link.up(self._server.timeout_s)
             except TransportError as error:
-                log.info("%s", error)
+                log.debug("%s", error)  # the link says it
 
     def failed(self, error: TrunklineError) -> None:
         """Connect anew where scripts, streams or groups were deleted: connecting declares them."""

@@ -6,12 +6,16 @@ keeping and for finding them. Never does: anything but SQL. Read next: transport
 
 from __future__ import annotations
 
+import contextlib
+from bisect import bisect_left
 from collections.abc import Collection
+from pathlib import Path
 
 import apsw
 
 from trunkline.codec import encode_json
 from trunkline.engine import count_up, query
+from trunkline.errors import TrunklineError
 from trunkline.transport import Backlog
 
 SCHEMA = """
@@ -63,6 +67,21 @@ def last_position(connection: apsw.Connection, channel: int) -> int:
     sql = "SELECT max(place) FROM trunkline_log WHERE place > ? AND place < ?"
     (newest,) = query(connection, sql, (base, base + POSITIONS))[0]
     return 0 if newest is None else int(newest - base)
+
+
+def position_before(connection: apsw.Connection, channel: int, last: int, moment_s: int) -> int:
+    """Return the position after which a Stream goes on with the first message stored at a moment or later.
+
+    Args:
+        last: the position of its newest message.
+    """
+
+    def stored(position: int) -> int:
+        sql = "SELECT at FROM trunkline_log WHERE place >= ? ORDER BY place LIMIT 1"  # those before it may be trimmed
+        (at,) = query(connection, sql, (log_place(channel, position),))[0]
+        return int(at)
+
+    return bisect_left(range(1, last + 1), moment_s, key=stored)
 
 
 def read_log(connection: apsw.Connection, channel: int, after: int, limit: int) -> list[tuple[int, int, bytes]]:
@@ -185,6 +204,26 @@ def count_backlog(connection: apsw.Connection, number: int, *, stream: bool) -> 
         (FREE, *queue_range(number)),
     )[0]
     return Backlog(waiting, waiting - free)
+
+
+def left_over(path: str) -> dict[str, int]:
+    """Return subscription → what waits for it in a file that may not exist, without taking part in anything."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        with contextlib.closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)) as connection:
+            connection.set_busy_timeout(1000)
+            if not query(connection, "SELECT 1 FROM sqlite_schema WHERE name = 'trunkline_subscription'"):
+                return {}
+            rows = query(
+                connection,
+                "SELECT s.id, CASE c.kind WHEN 'queue' THEN c.name ELSE s.name || '@' || c.name END, c.kind = 'stream'"
+                " FROM trunkline_subscription s JOIN trunkline_channel c ON c.id = s.channel ORDER BY c.name, s.name",
+            )
+            counts = {label: count_backlog(connection, number, stream=stream).waiting for number, label, stream in rows}
+    except (apsw.Error, TrunklineError):
+        return {}  # whoever needs the file says what is wrong with it
+    return {label: waiting for label, waiting in counts.items() if waiting}
 
 
 def oldest(connection: apsw.Connection, number: int) -> float | None:

@@ -15,12 +15,13 @@ from functools import partial
 import apsw
 
 from trunkline.channel import Channel, Queue, Stream
-from trunkline.clock import Clock
+from trunkline.clock import Clock, offload
 from trunkline.engine import Engine, count_up, query
 from trunkline.engines import close_engine, open_engine
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.message import pack, partition_of
 from trunkline.store import Unit, resolve
+from trunkline.tasks import spawn
 from trunkline.transport import (
     LIVE,
     Address,
@@ -39,7 +40,9 @@ from trunkline.transports.sqlite.tables import (
     give_back,
     hold,
     last_position,
+    left_over,
     log_place,
+    position_before,
     queue_place,
     trim_log,
 )
@@ -86,6 +89,10 @@ class SqliteTransport:
         self._task: asyncio.Task[None] | None = None
         self.engine: Engine
 
+    async def left_over(self) -> dict[str, int]:
+        """Return subscription → what waits for it in the file; not to be started for that, see inspection.py."""
+        return await offload(left_over, self._path)
+
     # --- contract ---
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
@@ -111,7 +118,7 @@ class SqliteTransport:
         self._reload_routes()
         await self.engine.sweep()
         await self._rebalance()
-        self._task = asyncio.create_task(self._keep_balance())
+        self._task = spawn(self._keep_balance(), self.engine.failed)
 
     def _take_labels(self, labels: set[str]) -> None:
         taken = labels & self.engine.labels
@@ -176,11 +183,13 @@ class SqliteTransport:
         channel = subscription.channel
         assert isinstance(channel, Stream)  # noqa: S101 - for the type checker
         begin = 0
-        if subscription.start == "latest":
+        if subscription.start != "earliest":
             (channel_number,) = query(
                 connection, "SELECT channel FROM trunkline_subscription WHERE id = ?", (number,)
             )[0]  # fmt: skip
             begin = last_position(connection, channel_number)
+            if subscription.since_s is not None:
+                begin = position_before(connection, channel_number, begin, subscription.since_s)
         for partition in range(channel.partitions):
             connection.execute(
                 "INSERT INTO trunkline_partition VALUES (?, ?, ?, NULL, 0) ON CONFLICT DO NOTHING",
