@@ -32,6 +32,8 @@ IN_FLIGHT = 1000
 """Most messages of one subscription under way in one process."""
 AGAIN_S = 1.0
 """Wait before doing again what the store could not commit."""
+LAST_WORD_S = 2.0
+"""Most seconds that a stop waits for the store to take tries back."""
 
 
 class Consumer:
@@ -73,7 +75,7 @@ class Consumer:
         self._free: asyncio.Future[None] | None = None
         self._assignment = -1
         self._left: set[int] = set()
-        self._outlived: dict[tuple[int, int], int] = {}
+        self._begun: dict[int, Delivery] = {}  # suspects whose try is counted and did not end, by their `id`
         self._redo: list[Delivery] = []
         self._acks: list[Delivery] = []
         self._batch_ended = asyncio.Event()
@@ -124,13 +126,23 @@ class Consumer:
             await self._free
 
     async def stop(self) -> None:
-        """Cancel everything."""
+        """Cancel everything; a try that this interrupts is no crash."""
         self.deliverer.stopping = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.lanes.stop()
+        begun, self._begun = list(self._begun.values()), {}
+        if begun and not self._broken:
+            try:
+                async with asyncio.timeout(LAST_WORD_S):
+                    await self._store.undo_attempts(begun)
+            except (TrunklineError, TimeoutError) as error:
+                log.warning(
+                    "%s: the store did not take back %d tries that the stop interrupted; they count as crashes: %s",
+                    self.subscription.label, len(begun), str(error) or f"no answer within {LAST_WORD_S:g} s",
+                )  # fmt: skip
 
     # --- receiving ---
 
@@ -186,11 +198,10 @@ class Consumer:
 
     def _without_lost(self, batch: list[Delivery]) -> list[Delivery]:
         """Forget what waits here of partitions that another process reads now; return the rest of `batch`."""
-        forgotten = len(self.lanes.forget(self._is_lost))
+        forgotten = self.lanes.forget(self._is_lost)
         for waiting in (self._gathered, batch):
-            before = len(waiting)
+            forgotten += [delivery for delivery in waiting if self._is_lost(delivery)]
             waiting[:] = [delivery for delivery in waiting if not self._is_lost(delivery)]
-            forgotten += before - len(waiting)
         self._forget(forgotten)
         return batch
 
@@ -209,10 +220,14 @@ class Consumer:
             self._left.add(partition)
         return True
 
-    def _forget(self, count: int) -> None:
-        """Take `count` messages for no longer under way, though nothing became of them: they are another process's."""
-        self._under_way -= count
+    def _forget(self, deliveries: Sequence[Delivery]) -> None:
+        """Take messages for no longer under way, though nothing became of them: they are another process's."""
+        self._under_way -= len(deliveries)
         self._give_room()
+        interrupted = [delivery for delivery in deliveries if self._begun.pop(id(delivery), None)]
+        if interrupted:
+            # The partition went away, the process did not: these tries were no crashes.
+            self._spawn(self._until_stored(lambda: self._store.undo_attempts(interrupted)))
 
     def _deliver_owned(self, delivery: Delivery) -> Coroutine[Any, Any, None] | None:
         """Deliver, unless its partition went away while it waited.
@@ -222,7 +237,7 @@ class Consumer:
         """
         moved = self._transport.assignment(self.subscription) != self._assignment
         if moved and self._is_lost(delivery):
-            self._forget(1)
+            self._forget([delivery])
             return None
         return self.deliverer.deliver(delivery)
 
@@ -279,7 +294,7 @@ class Consumer:
         )
         new = [delivery for delivery in suspects if not counts[id(delivery)]]
         if new:
-            await self._until_stored(lambda: self._store.begin_attempts(new))
+            await self._begin_attempts(new)
         runnable: list[Delivery] = []
         for number, delivery in enumerate(batch):
             if not counts.get(id(delivery)):
@@ -299,26 +314,26 @@ class Consumer:
         async with self._alone:
             await self._idle()
             if self._is_lost(delivery):
-                self._forget(1)
+                self._forget([delivery])
                 return
-            (count,) = await self._until_stored(lambda: self._store.begin_attempts([delivery]))
-            place = delivery.partition, delivery.position
-            outlived = self._outlived.pop(place, 0)
+            (count,) = await self._begin_attempts([delivery])
             # What was submitted before is stored now: a broker that moved a partition away and back brings again what
             # this process has just handled.
             if not await self._without_known([delivery], [delivery]):
                 return
-            if count - outlived > MAX_CRASHES:
-                reason = f"the process died {count - outlived} times while handling it"
+            if count > MAX_CRASHES:
+                reason = f"the process died {count} times while handling it"
                 delivery.attempt = count
                 self.deliverer.settle(Unit((delivery,), self.settled), DeadLetter("crashed", reason))
                 return
             self._run([delivery])
             await self._idle()
-            if self._is_lost(delivery):
-                # The connection went away, the process did not: it comes again, and this try was no crash.
-                self._outlived = {at: n for at, n in self._outlived.items() if at[0] != place[0]}
-                self._outlived[place] = outlived + 1
+
+    async def _begin_attempts(self, suspects: list[Delivery]) -> list[int]:
+        """Count the try of each on disk; return the counts."""
+        counts = await self._until_stored(lambda: self._store.begin_attempts(suspects))
+        self._begun.update((id(delivery), delivery) for delivery in suspects)
+        return counts
 
     async def _idle(self) -> None:
         await self.lanes.idle()
@@ -365,7 +380,7 @@ class Consumer:
             if not self._gathered:
                 self._gathering.clear()
             owned = [delivery for delivery in taken if not self._is_lost(delivery)]
-            self._forget(len(taken) - len(owned))
+            self._forget([delivery for delivery in taken if self._is_lost(delivery)])
             if owned:
                 self._batch_ended.clear()
                 await self.deliverer.deliver_batch(owned)
@@ -398,6 +413,9 @@ class Consumer:
         self._under_way -= len(deliveries)
         if self._free is not None:
             self._give_room()
+        if self._begun:
+            for delivery in deliveries:
+                self._begun.pop(id(delivery), None)
 
     def _give_room(self) -> None:
         free, self._free = self._free, None
@@ -458,7 +476,7 @@ class Consumer:
             await self._until_stored(self.parking.load)  # for the partitions that are read now
         undone, self._redo = self._redo, []
         redo = [delivery for delivery in undone if not self._is_lost(delivery)]
-        self._forget(len(undone) - len(redo))
+        self._forget([delivery for delivery in undone if self._is_lost(delivery)])
         redo.sort(key=lambda delivery: delivery.position)
         if self._batch:
             self._gathered[:0] = redo

@@ -662,8 +662,8 @@ class Engine:
                 self.cannot_read(error)
             wait_s = POLL_MIN_S
 
-    def cannot_read(self, error: apsw.Error) -> None:
-        """Stop for good if the disk failed; else (another process recovers the file) look again soon."""
+    def cannot_read(self, error: apsw.Error | TransportError) -> None:
+        """Stop for good if disk or file are lost; else (another process recovers the file) look again soon."""
         failure = _translate(error, self.path)
         if isinstance(failure, FatalStoreError):
             self._fail(failure)

@@ -14,7 +14,7 @@ import msgspec
 from trunkline.channel import Channel
 from trunkline.clock import Clock, offload
 from trunkline.message import Message
-from trunkline.store import DeadLetterRow, ParkedRow, SetAside
+from trunkline.store import DeadLetterRow, OutboxEntry, ParkedRow, SetAside
 from trunkline.transport import Subscription, adapters, load_adapter, parse_address
 
 Verdict = Literal["kept", "weak", "broken", "unknown"]
@@ -107,7 +107,7 @@ class Inspector(Protocol):
 
 
 class LetterReader(Protocol):
-    """Reads the dead and parked letters of a store, without taking part in its work.
+    """Reads the dead and parked letters of a store and its outbox, without taking part in its work.
 
     `subscription` is a label or a name alone, None for all; `message_type` a CloudEvents type, None for all.
     """
@@ -133,6 +133,9 @@ class LetterReader(Protocol):
 
         Also return how many there are beyond `limit`.
         """
+
+    async def outbox(self, channel: str | None, message_type: str | None, limit: int) -> tuple[list[OutboxEntry], int]:
+        """Return what waits to be sent, what is due first; also how many there are beyond `limit`."""
 
     async def set_aside(self) -> dict[str, SetAside]:
         """Return label → what is set aside, of all subscriptions that the store knows."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import apsw
 
-from trunkline.errors import TransportError
+from trunkline.errors import FatalStoreError, TransportError
 from trunkline.process_lock import ProcessLock
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Membership:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = ProcessLock(engine.path)
+        self._file = self._at_path()
 
     def close(self) -> None:
         """Give up the lock."""
@@ -95,13 +97,28 @@ class Membership:
         silent = beat < now - engine.lease_s
         return number != engine.process and (silent or not self._lock.held_by_another(number))
 
+    def _at_path(self) -> tuple[int, int] | None:
+        """Return which file is at the engine's path; None if none is."""
+        try:
+            found = Path(self._engine.path).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
     async def keep(self) -> None:
-        """Show signs of life and look for the dead, until the engine fails or this is cancelled."""
+        """Show signs of life and look for the dead, until the engine fails or this is cancelled.
+
+        A file that was deleted or replaced ends it: what is committed to the one that is open, nobody will find.
+        """
         engine = self._engine
         last_beat = engine.clock.now()
         while engine.failure is None:
             await engine.clock.sleep(min(1.0, engine.lease_s * 0.1))
             now = engine.clock.now()
+            if self._at_path() != self._file:
+                what = f"{engine.path} was deleted or replaced under process {engine.process}"
+                engine.cannot_read(FatalStoreError("E515", what, "stop all its services before you touch the file"))
+                return
             try:
                 if now - last_beat > engine.lease_s * 0.3:
                     last_beat = now

@@ -112,6 +112,20 @@ class OutboxRow(msgspec.Struct, frozen=True):
     message: Message
 
 
+class OutboxEntry(msgspec.Struct, frozen=True):
+    """A message in the outbox as an operator sees it.
+
+    Attributes:
+        channel: where it goes.
+        message: its envelope, or None if it cannot be read.
+        due: when it is sent, seconds since the epoch; in the past where that is at once.
+    """
+
+    channel: str
+    message: Message | None
+    due: float
+
+
 class DeadLetterRow(msgspec.Struct, frozen=True):
     """A message set aside.
 
@@ -220,6 +234,9 @@ class Store(Protocol):
 
     async def begin_attempts(self, deliveries: Sequence[Delivery]) -> list[int]:
         """Durably count one more try for each suspect; return the counts."""
+
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """Durably take back one try of each: it did not end, and its process did not die of it."""
 
     async def load_parked(
         self, subscription: Subscription, owns: Callable[[int], bool], into: Callable[[dict[str, int]], None]

@@ -129,6 +129,24 @@ async def test_a_failed_sync_is_fatal_and_never_lies(tmp_path, vfs, after):
     assert file.is_sound(path)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_a_file_that_is_deleted_or_replaced_ends_the_process(tmp_path, replaced):
+    path = tmp_path / "disk.db"
+    app = App(Service("disk-publisher"), f"sqlite:///{path}")
+    await app.start()
+    await app.publish(DiskOrder("a", 1))
+    if replaced:
+        (tmp_path / "backup.db").write_bytes(path.read_bytes())
+        (tmp_path / "backup.db").replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(FatalStoreError, match="was deleted or replaced under process"):
+        await app.ended()
+    with pytest.raises(FatalStoreError, match="E515"):
+        await app.publish(DiskOrder("a", 2))
+    await app.stop()
+
+
 async def test_a_service_whose_disk_was_full_goes_on_once_and_in_order(tmp_path, vfs):
     path = tmp_path / "disk.db"
     confirmed = []

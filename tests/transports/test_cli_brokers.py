@@ -57,6 +57,9 @@ def test_the_commands_show_and_repair_what_runs_on_a_broker(project, broker):
         assert project.cli("dead", "redrive", number).out == "1 given back\n"
         wait_until(lambda: rows(project)["payment@orders"]["parked"] == 1, "what waited behind it was handled")
         assert project.dead() == []
+        project.cli("publish", "Ship", '{"order_id": "b"}', "--at", "+1h")
+        (scheduled,) = project.json("outbox", "--type", "ship")
+        assert scheduled["channel"] == "jobs"
         report = project.json("doctor")
         assert {link["channel"]: link["kind"] for link in report["links"]}["orders"] == "stream"
         assert report["findings"]

@@ -21,6 +21,8 @@ from trunkline import (
     Struct,
     Topic,
 )
+from trunkline.consumer import Consumer
+from trunkline.delivery import MAX_CRASHES
 
 ONCE = Retry(immediate=0, delays_s=())
 LATER = Retry(immediate=1, delays_s=(10.0, 20.0), jitter=0.0)
@@ -828,6 +830,33 @@ async def test_a_message_handled_before_a_restart_is_not_handled_again(file_rig,
         await app.publish(job("a", 2), id="two")
         await file_rig.idle()
     assert effects == [1, 2]
+
+
+async def test_a_try_that_a_stop_interrupts_is_no_crash(file_rig, job, monkeypatch):
+    service, begun, handled, free = Service("worker"), [], [], asyncio.Event()
+    admit = Consumer._admit
+
+    async def admit_suspects(self, batch):
+        for delivery in batch:
+            delivery.suspect, delivery.fresh = True, False
+        await admit(self, batch)
+
+    @service.handle
+    async def work(message: job) -> None:
+        begun.append(message.number)
+        await free.wait()
+        handled.append(message.number)
+
+    monkeypatch.setattr(Consumer, "_admit", admit_suspects)
+    for stops in range(1, MAX_CRASHES + 3):
+        async with file_rig.run(service, grace_s=0.01) as app:
+            if stops == 1:
+                await app.publish(job("a", 7))
+            await until(lambda: len(begun) == stops)  # noqa: B023 - awaited in this turn
+    async with file_rig.run(service):
+        free.set()
+        await until(lambda: handled)
+        assert (begun, handled, await file_rig.dead()) == ([7] * (MAX_CRASHES + 3), [7], [])
 
 
 async def test_a_held_transaction_is_reported_by_name(file_rig, job, clock, caplog):

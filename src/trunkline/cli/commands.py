@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from trunkline.cli import backlog, dead, doctor, new, parked, publish, run, simulate, tail, topology
+from trunkline.cli import backlog, dead, doctor, new, outbox, parked, publish, run, simulate, tail, topology
 from trunkline.cli.terminal import exit_code, plain, report
 from trunkline.errors import TrunklineError
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
-ORDER = ("run", "topology", "simulate", "publish", "tail", "backlog", "parked", "dead", "doctor", "new")
+ORDER = ("run", "topology", "simulate", "publish", "tail", "backlog", "parked", "outbox", "dead", "doctor", "new")
 """Of the commands in the help: what one needs first comes first, what belongs together stands together."""
 
 
@@ -92,6 +92,7 @@ app.command("publish")(publish.publish)
 app.command("tail")(tail.tail)
 app.command("backlog")(backlog.backlog)
 app.command("parked")(parked.parked)
+app.command("outbox")(outbox.outbox)
 app.add_typer(dead.app, name="dead")
 app.command("doctor")(doctor.doctor)
 app.command("new")(new.new)

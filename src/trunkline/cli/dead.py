@@ -31,8 +31,10 @@ app = typer.Typer(
     help="Look at dead letters, correct them, give them back, drop them.", no_args_is_help=True, rich_markup_mode=None
 )
 
+Number = Annotated[int, typer.Argument(metavar="NUMBER", max=options.MOST, help="As shown by `list`.")]
 Numbers = Annotated[
-    list[int] | None, typer.Argument(metavar="NUMBER...", help="As shown by `list`.", show_default=False)
+    list[int] | None,
+    typer.Argument(metavar="NUMBER...", max=options.MOST, help="As shown by `list`.", show_default=False),
 ]
 All = Annotated[bool, typer.Option("--all", help="All that fit --subscription and --type.")]
 T = TypeVar("T")
@@ -46,7 +48,9 @@ def list_(
     *,
     subscription: options.OnlySubscription = None,
     message_type: options.OnlyType = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show so many, the oldest first.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=options.MOST, help="Show so many, the oldest first.")
+    ] = 50,
     transport: options.Transport = None,
     store: options.Store = None,
     as_json: options.AsJson = False,
@@ -70,7 +74,7 @@ def list_(
 
 @app.command()
 def show(
-    number: Annotated[int, typer.Argument(metavar="NUMBER", help="As shown by `list`.")],
+    number: Number,
     *,
     transport: options.Transport = None,
     store: options.Store = None,
@@ -91,7 +95,7 @@ def show(
 
 @app.command()
 def edit(  # noqa: PLR0913 - one parameter per option
-    number: Annotated[int, typer.Argument(metavar="NUMBER", help="As shown by `list`.")],
+    number: Number,
     target: options.Target = None,
     *,
     data: Data = None,
@@ -109,7 +113,10 @@ def edit(  # noqa: PLR0913 - one parameter per option
         typer.Option("--key", help="Another partition key in the envelope.", callback=options.as_utf8),
     ] = None,
     schema_version: Annotated[
-        int | None, typer.Option("--schema-version", min=1, help="Version of the schema the payload is written in.")
+        int | None,
+        typer.Option(
+            "--schema-version", min=1, max=options.MOST, help="Version of the schema the payload is written in."
+        ),
     ] = None,
     redrive: Annotated[bool, typer.Option("--redrive", help="Give it back as well, in the same step.")] = False,
     transport: options.Transport = None,

@@ -20,7 +20,7 @@ from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
 from trunkline.message import read_packed
 from trunkline.process_lock import ProcessLock
-from trunkline.store import DeadLetterRow, ParkedRow, SetAside
+from trunkline.store import DeadLetterRow, OutboxEntry, ParkedRow, SetAside
 from trunkline.stores.sqlite import read_dead_letters
 from trunkline.transport import find_adapter, parse_address, unopened
 from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
@@ -309,6 +309,21 @@ class EmbeddedFile:
                 if message_type in (None, message.type if message else ""):
                     key, due, attempt, reason = rest
                     yield ParkedRow(label, message, key, due, attempt, reason, behind, held_by)
+
+    # --- the outbox ---
+
+    def outbox(self, channel: str | None = None, message_type: str | None = None) -> Iterator[OutboxEntry]:
+        """Yield what waits to be sent, what is due first."""
+        if "trunkline_outbox" not in self._tables:
+            return
+        with self._translated():
+            for name, event, due in self.connection.execute(
+                "SELECT channel, event, due FROM trunkline_outbox WHERE ?1 IS NULL OR channel = ?1 ORDER BY due, seq",
+                (channel,),
+            ):
+                message = read_packed(event)
+                if message_type in (None, message.type if message else ""):
+                    yield OutboxEntry(name, message, due)
 
     # --- dead letters ---
 

@@ -1,4 +1,4 @@
-"""Dead and parked letters of whatever store there is: a file, or a database on a server.
+"""Dead and parked letters and the outbox of whatever store there is: a file, or a database on a server.
 
 Invariant: looking changes and creates nothing; acting goes through the Store alone, so that it is one commit that
 running services see at once. Read next: dead.py, actions.py.
@@ -18,7 +18,7 @@ from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.errors import ConfigurationError, DeadLetterError
 from trunkline.inspection import GROUP, LetterReader, StoreInspector, load_inspector
-from trunkline.store import DeadLetterRow, ParkedRow, SetAside, Store
+from trunkline.store import DeadLetterRow, OutboxEntry, ParkedRow, SetAside, Store
 from trunkline.transport import load_adapter, parse_address
 
 T = TypeVar("T")
@@ -109,6 +109,11 @@ class FileLetters:
         found = self._file.parked(subscription, message_type)
         return list(islice(found, limit)), sum(1 for _ in found)
 
+    async def outbox(self, channel: str | None, message_type: str | None, limit: int) -> tuple[list[OutboxEntry], int]:
+        """See LetterReader."""
+        found = self._file.outbox(channel, message_type)
+        return list(islice(found, limit)), sum(1 for _ in found)
+
     async def set_aside(self) -> dict[str, SetAside]:
         """See LetterReader."""
         return self._file.set_aside()
@@ -145,8 +150,18 @@ class StoreLetters:
 
         Raises: ConfigurationError E230.
         """
-        raise ConfigurationError(
-            "E230", f"{self._shown} does not list what is parked", f"its package needs an entry point in {GROUP}"
+        raise self._not_listed("what is parked")
+
+    async def outbox(self, *_: object) -> tuple[list[OutboxEntry], int]:
+        """Refuse, as `parked` does.
+
+        Raises: ConfigurationError E230.
+        """
+        raise self._not_listed("its outbox")
+
+    def _not_listed(self, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            "E230", f"{self._shown} does not list {what}", f"its package needs an entry point in {GROUP}"
         )
 
     async def set_aside(self) -> dict[str, SetAside]:

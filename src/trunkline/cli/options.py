@@ -13,6 +13,9 @@ import typer
 from trunkline.cli import completion
 from trunkline.errors import ConfigurationError
 
+MOST = 2**53
+"""Largest number that a command takes; all JSON readers have it exactly."""
+
 
 def utf8(name: str, text: str) -> str:
     """Return an argument that is UTF-8; the system hands over other bytes as lone surrogates.

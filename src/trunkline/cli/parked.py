@@ -22,7 +22,9 @@ def parked(
     *,
     subscription: options.OnlySubscription = None,
     message_type: options.OnlyType = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Show so many, the next tries first.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=options.MOST, help="Show so many, the next tries first.")
+    ] = 50,
     transport: options.Transport = None,
     store: options.Store = None,
     as_json: options.AsJson = False,

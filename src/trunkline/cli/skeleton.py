@@ -184,6 +184,7 @@ trunkline publish OrderPlaced '{"order_id": "1", "quantity": 2}'
 trunkline tail orders --from-start --no-follow
 trunkline backlog
 trunkline parked
+trunkline outbox
 trunkline dead list
 trunkline doctor
 ```

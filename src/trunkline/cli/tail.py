@@ -37,7 +37,9 @@ def tail(
     from_start: Annotated[
         bool, typer.Option("--from-start", help="Begin with the oldest message of a Stream.")
     ] = False,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Stop after so many messages.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, max=options.MOST, help="Stop after so many messages.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Wait for more at the end.")] = True,
     transport: options.Transport = None,
     as_json: Annotated[bool, typer.Option("--json", help="One CloudEvents JSON document per line.")] = False,

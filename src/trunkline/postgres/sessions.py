@@ -160,7 +160,7 @@ class Sessions:
     async def acquire(self) -> tuple[Any, asyncpg.Pool]:
         """Return a connection for a handler, and the pool to give it back to.
 
-        Raises: StoreLostError if the server is not reached, TransportError E516 if none becomes free.
+        Raises: StoreLostError if the server is not reached, TransportError E517 if none becomes free.
         """
         settings = self._settings
         try:

@@ -226,6 +226,13 @@ class MemoryStore:
             counts.append(self._attempts[key])
         return counts
 
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back one try of each; see Store."""
+        for key in map(_attempt_id, deliveries):
+            count = self._attempts.pop(key, 0) - 1
+            if count > 0:
+                self._attempts[key] = count
+
     # --- parked messages and dead letters ---
 
     def _set_aside(self, unit: Unit, delivery: Delivery) -> None:

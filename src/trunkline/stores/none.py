@@ -152,6 +152,9 @@ class NoStore:
         """Return ones; see `attempts`."""
         return [1] * len(deliveries)
 
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """Do nothing; see `attempts`."""
+
     # --- parked messages and dead letters ---
 
     async def load_parked(

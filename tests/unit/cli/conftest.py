@@ -106,7 +106,7 @@ class Project:
         Commands that import no module of the project run in this process, which is ten times as fast.
         """
         imports = "shop:system" in arguments or (self.folder / "trunkline.toml").exists()
-        looks = {"dead", "parked", "backlog", "tail", "new"} & set(arguments[:1])
+        looks = {"dead", "parked", "outbox", "backlog", "tail", "new"} & set(arguments[:1])
         run = self._here if looks and not imports else self._apart
         out, err, exit_code = run(arguments, stdin, self.environment(**environment))
         assert exit_code == code, f"{arguments}: {exit_code}\n{out}{err}"
@@ -222,16 +222,17 @@ def used_once(tmp_path_factory):
 @pytest.fixture
 def used(used_once, tmp_path):
     """A copy of `used_once` to change."""
-    return _copy(used_once, tmp_path)
+    return copied(used_once, tmp_path)
 
 
 @pytest.fixture
 def buried_copy(buried, tmp_path):
     """A copy of `buried` to change."""
-    return _copy(buried, tmp_path)
+    return copied(buried, tmp_path)
 
 
-def _copy(project: Project, folder: Path) -> Project:
+def copied(project: Project, folder: Path) -> Project:
+    """Return a project with a copy of the file of another one, to change."""
     for path in project.folder.glob("trunkline.db*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return Project(folder)

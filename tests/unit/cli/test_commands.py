@@ -18,7 +18,7 @@ from trunkline.cli.terminal import exit_code, printable
 from trunkline.errors import ConfigurationError, DecodeError, DefinitionError, LeaseLostError, UnroutableError
 
 MODULES = sorted(path.stem for path in Path(cli.__file__).parent.glob("[a-z]*.py"))
-COMMANDS = ["run", "topology", "simulate", "publish", "tail", "backlog", "parked", "dead", "doctor", "new"]
+COMMANDS = ["run", "topology", "simulate", "publish", "tail", "backlog", "parked", "outbox", "dead", "doctor", "new"]
 
 
 @pytest.mark.parametrize("name", MODULES)

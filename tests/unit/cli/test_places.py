@@ -26,7 +26,7 @@ def test_dead_letters_are_given_back_without_the_broker(buried_copy):
     assert [row["number"] for row in buried_copy.json("dead", "list", *places)] == [3]
 
 
-@pytest.mark.parametrize("command", [("dead", "list"), ("parked",), ("dead", "redrive", "1")])
+@pytest.mark.parametrize("command", [("dead", "list"), ("parked",), ("outbox",), ("dead", "redrive", "1")])
 def test_a_broker_without_a_store_says_what_is_missing(project, command):
     shown = project.cli(*command, "--transport", NOWHERE, code=2).err
     assert shown.startswith("E243 redis://127.0.0.1:1 carries messages, but keeps no state of a service")
@@ -124,6 +124,8 @@ async def test_any_store_is_read_through_its_contract():
             await letters.dead_letter(99)
         with pytest.raises(ConfigurationError, match=r"trunkline\.inspectors"):
             await letters.parked(None, None, 1)
+        with pytest.raises(ConfigurationError, match="does not list its outbox"):
+            await letters.outbox(None, None, 1)
 
 
 async def _both(app: App) -> bool:

@@ -90,6 +90,7 @@ def test_a_missing_argument_of_publish_is_named_with_the_form(arguments, missing
         ["dead", "edit", "1", "--key", "\udcff"],
         ["dead", "list", "--type", "\udcff"],
         ["parked", "--subscription", "\udcff"],
+        ["outbox", "--channel", "\udcff"],
     ],
     ids=lambda arguments: " ".join(arguments[:2] + arguments[-2:-1]),
 )
@@ -97,6 +98,21 @@ def test_an_argument_that_is_not_utf_8_is_refused(buried_copy, arguments):
     shown = buried_copy.cli(*arguments, code=2).err
     assert shown.startswith("E226")
     assert "\\xff" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dead", "show", "1" * 30],
+        ["dead", "redrive", "1", "1" * 30],
+        ["dead", "edit", "1", "--schema-version", "1" * 30],
+        ["dead", "list", "--limit", "1" * 30],
+        ["outbox", "--limit", "1" * 30],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_number_that_no_file_can_hold_is_refused(buried_copy, arguments):
+    assert "is too large; the most is 9007199254740992" in buried_copy.cli(*arguments, code=2).err
 
 
 def test_a_wait_that_no_date_can_hold_is_refused(used):
@@ -170,7 +186,7 @@ def test_a_topic_message_with_several_subscriptions_is_shown_once(used):
 
 
 @pytest.mark.parametrize(
-    "command", [["tail", "orders"], ["backlog"], ["parked"], ["dead", "list"], ["dead", "redrive", "--all"]]
+    "command", [["tail", "orders"], ["backlog"], ["parked"], ["outbox"], ["dead", "list"], ["dead", "redrive", "--all"]]
 )
 def test_a_file_that_does_not_exist_is_an_error_and_is_not_made(project, command):
     assert project.cli(*command, code=2).err.startswith("E231 trunkline.db does not exist")
@@ -232,7 +248,14 @@ def test_an_unknown_channel_names_those_there_are(used):
 
 
 def test_tables_fit_80_columns(buried):
-    for command in (["backlog"], ["parked"], ["dead", "list"], ["topology", "shop:system"], ["doctor", "shop:system"]):
+    for command in (
+        ["backlog"],
+        ["parked"],
+        ["outbox"],
+        ["dead", "list"],
+        ["topology", "shop:system"],
+        ["doctor", "shop:system"],
+    ):
         shown = buried.cli(*command, COLUMNS="80").out
         assert max(map(len, shown.splitlines())) <= 80, command
 

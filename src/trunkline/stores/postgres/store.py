@@ -34,6 +34,7 @@ from trunkline.stores.postgres.tables import (
     STAGE_AND_TELL,
     TABLES,
     TAKE_CHANNELS,
+    UNDO_ATTEMPT,
     short,
     text_of,
 )
@@ -350,6 +351,16 @@ class PostgresStore:
             return [await connection.fetchval(sql, *row) for row in rows]
 
         return await self.engine.run(count)
+
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back one try of each; see Store."""
+        rows = [(self._reader(d.subscription), _attempt_id(d)) for d in deliveries]
+
+        async def undo(connection: asyncpg.Connection) -> None:
+            for sql in UNDO_ATTEMPT:
+                await connection.executemany(self.engine.sql(sql), rows)
+
+        await self.engine.run(undo)
 
     async def _forget_attempts(self, connection: asyncpg.Connection, attempts: list[tuple[int, str]]) -> None:
         await connection.execute(

@@ -77,6 +77,10 @@ COUNT_ATTEMPT = """
 INSERT INTO @attempt AS a VALUES ($1, $2, 1) ON CONFLICT (reader, id) DO UPDATE SET count = a.count + 1
 RETURNING a.count
 """
+UNDO_ATTEMPT = (
+    "DELETE FROM @attempt WHERE reader = $1 AND id = $2 AND count = 1",
+    "UPDATE @attempt SET count = count - 1 WHERE reader = $1 AND id = $2",
+)
 PARKED_KEYS = """
 SELECT key, partition, count(*) FROM @parked WHERE reader = $1 AND lane IS NOT NULL GROUP BY 1, 2
 UNION ALL

@@ -351,6 +351,16 @@ class SqliteStore:
 
         return await self.engine.run(count)
 
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """Take back one try of each; see Store."""
+        rows = [(self._reader(d.subscription), _attempt_id(d)) for d in deliveries]
+
+        def undo(connection: apsw.Connection) -> None:
+            connection.executemany("DELETE FROM trunkline_attempt WHERE reader = ? AND id = ? AND count = 1", rows)
+            connection.executemany("UPDATE trunkline_attempt SET count = count - 1 WHERE reader = ? AND id = ?", rows)
+
+        await self.engine.run(undo)
+
     # --- parked messages ---
 
     async def load_parked(

@@ -311,6 +311,11 @@ class SimulatedStore:
         await self._written()
         return await self._kept.begin_attempts(deliveries)
 
+    async def undo_attempts(self, deliveries: Sequence[Delivery]) -> None:
+        """See Store."""
+        await self._written()
+        await self._kept.undo_attempts(deliveries)
+
     async def _written(self) -> None:
         """Wait until everything submitted before is on the disk."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

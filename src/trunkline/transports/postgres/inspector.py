@@ -18,7 +18,7 @@ from trunkline.inspection import Finding, Lag, Seen
 from trunkline.message import read_packed
 from trunkline.postgres.schema import in_schema
 from trunkline.postgres.settings import connect, read_settings, translate
-from trunkline.store import DeadLetterRow, ParkedRow, SetAside
+from trunkline.store import DeadLetterRow, OutboxEntry, ParkedRow, SetAside
 from trunkline.transport import Address, Subscription
 from trunkline.transports.postgres.judgement import judge
 from trunkline.transports.postgres.tables import QUEUE_BACKLOG, STREAM_BACKLOG, queue_range, stored_name
@@ -67,6 +67,7 @@ WHERE {_FITS} AND (p.lane IS NULL OR p.seq = (
     SELECT seq FROM @parked o WHERE o.reader = p.reader AND o.lane = p.lane ORDER BY position, seq LIMIT 1))
 ORDER BY h.held_by IS NOT NULL, p.due, p.seq
 """  # noqa: S608 - a constant of this module
+_OUTBOX = "SELECT channel, event, due FROM @outbox WHERE $1::text IS NULL OR channel = $1 ORDER BY due, seq"
 _ASIDE = """
 SELECT r.label, (SELECT count(*) FROM @parked p WHERE p.reader = r.id),
     (SELECT count(*) FROM @dead_letter d WHERE d.reader = r.id),
@@ -262,6 +263,13 @@ class PostgresInspector:
             message = read_packed(event)
             if message_type in (None, message.type if message else ""):
                 found.append(ParkedRow(label, message, key, due, attempt, reason, behind, held_by))
+        return found[:limit], max(0, len(found) - limit)
+
+    async def outbox(self, channel: str | None, message_type: str | None, limit: int) -> tuple[list[OutboxEntry], int]:
+        """See LetterReader."""
+        found = [OutboxEntry(name, read_packed(event), due) for name, event, due in await self._rows(_OUTBOX, channel)]
+        if message_type is not None:
+            found = [one for one in found if one.message is not None and one.message.type == message_type]
         return found[:limit], max(0, len(found) - limit)
 
     async def set_aside(self) -> dict[str, SetAside]:
