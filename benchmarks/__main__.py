@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import brokers, curves, embedded, plot, report, scaling
+from benchmarks import brokers, curves, embedded, plot, report, scaling, simulator
 from benchmarks.cases import Case
 from benchmarks.machine import machine_facts, versions
 from benchmarks.runner import WORK, Runner
 
-SUITES = {"brokers": brokers, "embedded": embedded, "scaling": scaling}
-PICTURES = {"brokers": plot.svg, "embedded": plot.svg, "scaling": curves.svg}
+SUITES = {"brokers": brokers, "embedded": embedded, "scaling": scaling, "simulator": simulator}
+PICTURES = {"brokers": plot.svg, "embedded": plot.svg, "scaling": curves.svg, "simulator": plot.svg}
 console = Console()
 
 
