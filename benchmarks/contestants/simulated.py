@@ -23,16 +23,22 @@ order_events = Stream("order-events", key="order_id", partitions=2)
 
 @order_events.event
 class Placed(Struct):
+    """An order came in."""
+
     order_id: str
 
 
 @order_events.event
 class Paid(Struct):
+    """It is paid."""
+
     order_id: str
 
 
 @order_events.event
 class Sent(Struct):
+    """It is on its way."""
+
     order_id: str
 
 
