@@ -258,6 +258,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def kill(self, lane: Lane) -> None:
         """Drop everything that a process had to do."""
         lane.alive = False
+        for scheduled in lane.queue:
+            for argument in scheduled.args:
+                if isinstance(argument, SimulatedTask):
+                    argument._log_traceback = False  # type: ignore[attr-defined]  # noqa: SLF001 - who was to be told died
         lane.queue.clear()
         if lane in self._lanes:
             self._lanes.remove(lane)
@@ -340,6 +344,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         lane.steps += 1
         self.trace = hash((self.trace, lane.number, self.now))
         if lane.steps == lane.fuse:
+            lane.queue.append(scheduled)  # it had to do that still
             self._died(lane)
             return
         self.running = lane

@@ -1,13 +1,15 @@
 """A whole search: what it covers, when it stops, what it finds, and that several processes find the same."""
 
+import asyncio
 import os
 import signal
 
 import pytest
 
 from tests.unit.testing.simulator.shipping import HastyBank, make
+from trunkline import Queue, Service, Struct
 from trunkline.errors import SimulationError
-from trunkline.testing.simulator import Tape, workers
+from trunkline.testing.simulator import Client, Simulation, Tape, workers
 from trunkline.testing.simulator.campaign import Failure, Plan, carry_out, check_fired, repeat
 from trunkline.testing.simulator.files import foot, write
 from trunkline.testing.simulator.story import tell
@@ -30,6 +32,32 @@ def test_a_crash_sweep_crashes_every_node_before_every_one_of_its_steps():
         ("crash", node, step) for node, steps in report.plain.items() for step in range(1, steps + 1)
     }
     assert report.never_fired() == []
+
+
+def test_who_dies_before_being_told_how_a_task_ended_leaves_no_error_unhandled():
+    jobs, service = Queue("counted-jobs"), Service("counter")
+
+    @jobs.command
+    class Job(Struct):
+        number: int
+
+    told = []
+
+    @service.handle
+    async def work(job: Job) -> None:
+        async def fail() -> None:
+            raise OSError(job.number)
+
+        task = asyncio.create_task(fail())
+        task.add_done_callback(lambda ended: told.append(ended.exception()))
+        await asyncio.sleep(1)
+
+    async def workload(sim: Client) -> None:
+        await sim.publish(Job(1))
+
+    report = carry_out(Simulation(service, workload), CRASHES)
+    assert report.failures == []
+    assert told
 
 
 def test_a_point_sweep_has_every_fault_that_has_an_occasion_happen():
