@@ -261,7 +261,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         for scheduled in lane.queue:
             for argument in scheduled.args:
                 if isinstance(argument, SimulatedTask):
-                    argument._log_traceback = False  # type: ignore[attr-defined]  # noqa: SLF001 - who was to be told died
+                    argument._log_traceback = False  # noqa: SLF001 - who was to be told died
         lane.queue.clear()
         if lane in self._lanes:
             self._lanes.remove(lane)
