@@ -117,6 +117,12 @@ def simulate(  # noqa: PLR0913 - the options of a command
     name, simulation = _load(target)
     kinds = None if faults is None else [kind.strip() for kind in faults.split(",")]
     if replay is not None:
+        given = {
+            "--crash-sweep": crash_sweep, "--points": points, "--pairs": pairs, "--seeds": seeds, "--broker": broker,
+            "--faults": faults, "--keep-going": keep_going,
+        }  # fmt: skip
+        if also := [option for option, value in given.items() if value]:
+            raise typer.BadParameter(f"the tape says it all; leave out {', '.join(also)}", param_hint="'--replay'")
         raise typer.Exit(_replay(simulation, name, replay, as_json=as_json))
     nothing = not (crash_sweep or points) and pairs is None and seeds is None
     plan = Plan(

@@ -115,6 +115,10 @@ def test_a_fault_that_never_happens_ends_with_1_and_how_to_leave_it_out(simulate
         ([f"{SHIPPING}:Bank"], "E214"),
         ([f"{SHIPPING}:nothing"], "E213"),
         ([f"{SHIPPING}:careful", "--replay", "none.json"], "E711"),
+        (
+            [f"{SHIPPING}:careful", "--replay", "none.json", "--seeds", "9", "--broker", "kafka"],
+            "'--replay': the tape says it all; leave out --seeds, --broker",
+        ),
         ([f"{SHIPPING}:careful", "--seeds", "many"], "not a whole number"),
     ],
 )

@@ -355,6 +355,8 @@ class World:
             account.violations.append(
                 Violation(getattr(self.simulation.workload, "__name__", "workload"), _said(error))
             )
+        elif error is not None and not isinstance(error, Exception):
+            raise error  # pytest.skip and the like, which are not about the system
         elif error is not None:
             raise SimulationError("E704", f"the workload failed: {type(error).__name__}: {error}") from error
         if not self._at_rest():

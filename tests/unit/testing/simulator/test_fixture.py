@@ -34,6 +34,16 @@ class TestInAClass:
         await two_sales(sim)
 
 
+@simulate(system, override={Bank: CarefulBank}, crash_sweep=False)
+async def skipped(sim):
+    pytest.skip("the bank is closed")
+
+
+def test_a_test_may_skip_itself():
+    with pytest.raises(pytest.skip.Exception, match="the bank is closed"):
+        skipped()
+
+
 def hasty(folder):
     """Return a test with a planted bug."""
 
