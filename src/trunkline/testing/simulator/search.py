@@ -6,6 +6,7 @@ Invariant: a run is what its tape says, so what is found here is found again. Re
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 
 import msgspec
@@ -21,6 +22,7 @@ from trunkline.testing.simulator.world import Result, World
 COLLECT = 100
 """Runs between two garbage collections of what earlier ones have left; what a run leaves is collected after it. None
 happens during a run, so that its order does not depend on them."""
+_ended = itertools.count(1)  # of the process: one of several is given its runs in chunks
 POINTS = tuple(kind for kind in KINDS if kind != CRASH)
 """Faults that are tried at each single occasion."""
 
@@ -100,13 +102,13 @@ def runs(simulation: Simulation, attempts: Iterable[Attempt]) -> Generator[tuple
         gc.freeze()
         gc.disable()
     try:
-        for number, attempt in enumerate(attempts, 1):
+        for attempt in attempts:
             try:
                 result = run(simulation, attempt)
             except SimulationError as error:
                 raise SimulationError(error.code, f"{error.message} (in {attempt.aim})", error.hint) from error
             yield attempt, result
-            gc.collect(0 if number % COLLECT else 2)
+            gc.collect(0 if next(_ended) % COLLECT else 2)
     finally:
         if collected:
             gc.unfreeze()
