@@ -96,7 +96,7 @@ class Consumer:
         self.deliverer = deliverer
         moves = self.subscription.channel.kind == "stream" and self._transport.capabilities.processes
         deliver = self._deliver_owned if moves else deliverer.deliver
-        self.lanes = Lanes(deliver, self._options.concurrency)
+        self.lanes = Lanes(deliver, self._options.concurrency, self.subscription.label)
         self.lanes.failure = self._failed
         self._spawn(self._receive())
         self._spawn(self.parking.work())

@@ -9,12 +9,18 @@ Read next: delivery.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any
 
 from trunkline.transport import Delivery
+
+log = logging.getLogger("trunkline.lanes")
+
+STUBBORN_S = 5.0
+"""Seconds between two warnings while a cancelled handler goes on."""
 
 
 class Ended:
@@ -84,10 +90,14 @@ class Lanes:
     Args:
         deliver: returns None when it is done, else a coroutine for the rest; neither may raise.
         concurrency: most deliveries suspended at once.
+        label: of the subscription, for logs.
     """
 
-    def __init__(self, deliver: Callable[[Delivery], Coroutine[Any, Any, None] | None], concurrency: int) -> None:
+    def __init__(
+        self, deliver: Callable[[Delivery], Coroutine[Any, Any, None] | None], concurrency: int, label: str = ""
+    ) -> None:
         self._deliver = deliver
+        self._label = label
         self._concurrency = concurrency
         self._ready: deque[Delivery] = deque()
         self._busy: dict[str, deque[Delivery]] = {}
@@ -167,12 +177,21 @@ class Lanes:
         await rested
 
     async def stop(self) -> None:
-        """Cancel what runs and forget what waits."""
+        """Cancel what runs and forget what waits; said aloud while something goes on all the same."""
         self._stopping = True
         self._ready.clear()
         for worker in self._workers:
             worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        going_on = set(self._workers)
+        while going_on:
+            _, going_on = await asyncio.wait(going_on, timeout=STUBBORN_S)
+            if going_on:
+                log.warning(
+                    "%s: the stop waits for %d handlers that go on though they were cancelled: they swallow"
+                    " asyncio.CancelledError, or are `def` functions in a thread; a second signal ends the process",
+                    self._label, len(going_on),
+                )  # fmt: skip
+        await asyncio.gather(*self._workers, return_exceptions=True)  # whatever they ended with is of no use now
         self._workers.clear()
         self._busy.clear()
         self._suspended = 0
@@ -215,6 +234,8 @@ class Lanes:
                 if rest_of_it is not None:
                     await self._stay_with(rest_of_it, delivery.key)
             self._awake -= 1
+            if self._stopping:
+                return  # a handler may have swallowed what was to end this
             if self._waiting:
                 self._tell_rested()
             rest = asyncio.get_running_loop().create_future()

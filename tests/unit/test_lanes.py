@@ -1,11 +1,13 @@
 """Lanes: one key in order, other keys beside it, no task for what never waits."""
 
 import asyncio
+import contextlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.rig import until
 from trunkline import Stream
 from trunkline.lanes import NOTHING, Ended, Lanes, Resume, new_driver
 from trunkline.transport import Delivery, Subscription
@@ -101,6 +103,25 @@ async def test_a_cancel_that_comes_after_the_handler_ended_ends_no_worker(again_
         await lanes.idle()
     assert recorder.finished == [("a", 0), ("a", 1)]
     await lanes.stop()
+
+
+async def test_a_stop_that_waits_for_a_handler_which_goes_on_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("trunkline.lanes.STUBBORN_S", 0.001)
+    free = asyncio.Event()
+
+    async def go_on():
+        while not free.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await free.wait()
+
+    lanes = Lanes(lambda _one: go_on(), 2, "payment@orders")
+    lanes.add([delivery("a", 1)])
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(lanes.stop())
+    await until(lambda: "payment@orders: the stop waits for 1 handlers" in caplog.text)
+    assert not stopping.done()
+    free.set()
+    await stopping
 
 
 async def test_what_waits_can_be_forgotten_and_is_counted():

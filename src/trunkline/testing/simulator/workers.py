@@ -45,7 +45,11 @@ def run_all(
     try:
         while True:
             for chunk in islice(chunks, 2 * processes - len(under_way)):
-                under_way.append((chunk, pool.submit(_chunk, chunk)))
+                try:
+                    future = pool.submit(_chunk, chunk)
+                except BrokenProcessPool as error:
+                    raise _lost(under_way[0][0] if under_way else chunk) from error
+                under_way.append((chunk, future))
             if not under_way:
                 return
             chunk, future = under_way.popleft()
@@ -58,14 +62,18 @@ def _ended(chunk: list[Attempt], future: Future[Ended | tuple[str, str, str]]) -
     try:
         ended = future.result()
     except BrokenProcessPool as error:
-        raise SimulationError(
-            "E709",
-            f"a process that ran schedules ended, at {chunk[0].aim} or soon after",
-            "killed, out of memory, or ended by what it ran; with -j 1 it is seen where",
-        ) from error
+        raise _lost(chunk) from error
     if isinstance(ended, list):
         return ended
     raise SimulationError(*ended)
+
+
+def _lost(chunk: list[Attempt]) -> SimulationError:
+    return SimulationError(
+        "E709",
+        f"a process that ran schedules ended, at {chunk[0].aim} or soon after",
+        "killed, out of memory, or ended by what it ran; with -j 1 it is seen where",
+    )
 
 
 def _chunks(attempts: Iterable[Attempt]) -> Iterator[list[Attempt]]:
