@@ -8,8 +8,8 @@ Read next: process_lock.py.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import apsw
@@ -29,7 +29,6 @@ class Membership:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = ProcessLock(engine.path)
-        self._file = self._at_path()
 
     def close(self) -> None:
         """Give up the lock."""
@@ -97,13 +96,11 @@ class Membership:
         silent = beat < now - engine.lease_s
         return number != engine.process and (silent or not self._lock.held_by_another(number))
 
-    def _at_path(self) -> tuple[int, int] | None:
-        """Return which file is at the engine's path; None if none is."""
-        try:
-            found = Path(self._engine.path).stat()
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
+    def _is_gone(self) -> bool:
+        """Return whether another file is at the path of the one that is open, or none."""
+        moved = array("i", [0])  # SQLite writes its answer there
+        self._engine.reader.file_control("main", apsw.SQLITE_FCNTL_HAS_MOVED, moved.buffer_info()[0])
+        return moved[0] != 0
 
     async def keep(self) -> None:
         """Show signs of life and look for the dead, until the engine fails or this is cancelled.
@@ -115,7 +112,7 @@ class Membership:
         while engine.failure is None:
             await engine.clock.sleep(min(1.0, engine.lease_s * 0.1))
             now = engine.clock.now()
-            if self._at_path() != self._file:
+            if self._is_gone():
                 what = f"{engine.path} was deleted or replaced under process {engine.process}"
                 engine.cannot_read(FatalStoreError("E515", what, "stop all its services before you touch the file"))
                 return
