@@ -19,6 +19,8 @@ class Work(Struct):
     number: int
 
 
+WORK = "SELECT count(*) FROM trunkline_queue WHERE instr(event, CAST('work' AS BLOB))"
+
 asker = Service("asker")
 
 
@@ -45,7 +47,7 @@ async def test_a_queue_keeps_what_is_sent_before_its_owner_ever_ran(tmp_path):
         await app.send(Ask(1))
         await app.send(Work(3))
         async with asyncio.timeout(10):
-            while query(app.transport.engine.reader, "SELECT count(*) FROM trunkline_queue") != [(3,)]:
+            while query(app.transport.engine.reader, WORK) != [(3,)]:
                 await asyncio.sleep(0.01)
     async with App(owner, url):
         async with asyncio.timeout(10):
