@@ -22,7 +22,7 @@ from trunkline.message import unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.parking import Parking
 from trunkline.store import Store, Unit
-from trunkline.tasks import spawn
+from trunkline.tasks import cancel, spawn
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
 
 log = logging.getLogger("trunkline.consumer")
@@ -128,17 +128,14 @@ class Consumer:
     async def stop(self) -> None:
         """Cancel everything; a try that this interrupts is no crash."""
         self.deliverer.stopping = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(list(self._tasks), self.subscription.label)
         await self.lanes.stop()
         begun, self._begun = list(self._begun.values()), {}
         if begun and not self._broken:
             try:
                 async with asyncio.timeout(LAST_WORD_S):
                     await self._store.undo_attempts(begun)
-            except (TrunklineError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever the store says, the rest is to be stopped
                 log.warning(
                     "%s: the store did not take back %d tries that the stop interrupted; they count as crashes: %s",
                     self.subscription.label, len(begun), str(error) or f"no answer within {LAST_WORD_S:g} s",
@@ -371,7 +368,7 @@ class Consumer:
 
     async def _run_batches(self) -> None:
         options = self._options.batch
-        while True:
+        while not self.deliverer.stopping:  # a handler may have swallowed what was to end this
             await self._gathering.wait()
             if options.wait_s and len(self._gathered) < options.size:
                 await self._fill(options.wait_s)

@@ -268,7 +268,10 @@ class Deliverer:
             task.uncancel()
             raise RuntimeError("the handler was cancelled") from None
         except (Exception, DuplicateSignal, KeyboardInterrupt, GeneratorExit):
-            route.deadlines.leave(task)
+            if route.deadlines.leave(task):
+                task.uncancel()
+            if self.stopping and task.cancelling():
+                raise asyncio.CancelledError from None  # what the stop's cancellation came out as: no failure
             raise
         except BaseException as error:
             route.deadlines.leave(task)

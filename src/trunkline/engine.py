@@ -418,7 +418,6 @@ class Engine:
 
     def _locked(self, error: BaseException | None) -> None:
         if error is not None:
-            self._phase = "idle"
             self._fail_group(error)
         elif self._begun():
             self._proceed()
@@ -466,6 +465,8 @@ class Engine:
     def _apply_pending(self) -> bool:
         jobs, self._jobs = self._jobs, []
         try:
+            if self.failure is not None:
+                raise self.failure  # noqa: TRY301 - undone as by any other error
             if self._pending:
                 self._pending = 0
                 for party in self._parties:
@@ -555,7 +556,7 @@ class Engine:
         self._commit_s += 0.1 * (self.clock.monotonic() - began - self._commit_s)
 
     def _committed(self, error: BaseException | None) -> None:
-        if error is not None:
+        if (error := error or self.failure) is not None:
             self._fail_group(error)
             return
         self._phase = "idle"
@@ -570,9 +571,8 @@ class Engine:
                 job.future.set_result(job.result)
             else:
                 job.future.set_exception(job.error)
-        if (self._pending or self._jobs or self._waiters) and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._turn)
+        if self._pending or self._jobs or self._waiters:
+            self._kick()
 
     def _hand_over(self) -> None:
         """Tell the stages of each unit and who waits for it; other Apps of this process look for themselves."""
@@ -622,8 +622,7 @@ class Engine:
 
     def _fail(self, failure: TransportError) -> None:
         """Stop for good: nothing is written after this."""
-        if self.failure is None:
-            self.failure = failure
+        self.failure = self.failure or failure
         self._phase = "failed"
         self._tell(failure)
         for waiter in self._waiters:
@@ -665,10 +664,13 @@ class Engine:
     def cannot_read(self, error: apsw.Error | TransportError) -> None:
         """Stop for good if disk or file are lost; else (another process recovers the file) look again soon."""
         failure = _translate(error, self.path)
-        if isinstance(failure, FatalStoreError):
-            self._fail(failure)
-        else:
+        if not isinstance(failure, FatalStoreError):
             log.warning("%s cannot be read now, again soon: %s", self.path, error)
+        elif self._phase == "idle":
+            self._fail(failure)
+        elif self.failure is None:
+            self.failure = failure  # the group under way fails by it when it ends
+            self.failed(failure)
 
 
 def _translate(error: BaseException, path: str) -> TransportError:

@@ -9,18 +9,13 @@ Read next: delivery.py.
 from __future__ import annotations
 
 import asyncio
-import logging
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from typing import Any
 
+from trunkline.tasks import cancel
 from trunkline.transport import Delivery
-
-log = logging.getLogger("trunkline.lanes")
-
-STUBBORN_S = 5.0
-"""Seconds between two warnings while a cancelled handler goes on."""
 
 
 class Ended:
@@ -177,21 +172,10 @@ class Lanes:
         await rested
 
     async def stop(self) -> None:
-        """Cancel what runs and forget what waits; said aloud while something goes on all the same."""
+        """Cancel what runs and forget what waits."""
         self._stopping = True
         self._ready.clear()
-        for worker in self._workers:
-            worker.cancel()
-        going_on = set(self._workers)
-        while going_on:
-            _, going_on = await asyncio.wait(going_on, timeout=STUBBORN_S)
-            if going_on:
-                log.warning(
-                    "%s: the stop waits for %d handlers that go on though they were cancelled: they swallow"
-                    " asyncio.CancelledError, or are `def` functions in a thread; a second signal ends the process",
-                    self._label, len(going_on),
-                )  # fmt: skip
-        await asyncio.gather(*self._workers, return_exceptions=True)  # whatever they ended with is of no use now
+        await cancel(self._workers, self._label)
         self._workers.clear()
         self._busy.clear()
         self._suspended = 0
@@ -225,7 +209,7 @@ class Lanes:
     async def _work(self) -> None:
         ready, busy, deliver = self._ready, self._busy, self._deliver
         while True:
-            while ready and not self._paused:
+            while ready and not (self._paused or self._stopping):
                 delivery = ready.popleft()
                 if busy and (key := delivery.key) is not None and key in busy:
                     busy[key].append(delivery)

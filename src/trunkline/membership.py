@@ -109,10 +109,12 @@ class Membership:
         """
         engine = self._engine
         last_beat = engine.clock.now()
+        gone = 0
         while engine.failure is None:
             await engine.clock.sleep(min(1.0, engine.lease_s * 0.1))
             now = engine.clock.now()
-            if self._is_gone():
+            gone = gone + 1 if self._is_gone() else 0
+            if gone > 1:  # one look may have failed
                 what = f"{engine.path} was deleted or replaced under process {engine.process}"
                 engine.cannot_read(FatalStoreError("E515", what, "stop all its services before you touch the file"))
                 return

@@ -7,6 +7,7 @@ import apsw
 import pytest
 
 from tests.faults import file
+from tests.unit.rig import until
 from trunkline import App, Context, Service, Stream, Struct
 from trunkline.errors import FatalStoreError, StoreFullError
 
@@ -144,6 +145,37 @@ async def test_a_file_that_is_deleted_or_replaced_ends_the_process(tmp_path, rep
         await app.ended()
     with pytest.raises(FatalStoreError, match="E515"):
         await app.publish(DiskOrder("a", 2))
+    await app.stop()
+
+
+async def test_a_transaction_that_is_open_when_the_file_goes_fails_with_it(tmp_path):
+    path, held, free, facts = tmp_path / "disk.db", asyncio.Event(), asyncio.Event(), []
+    service = Service("disk")
+    service.schema("CREATE TABLE IF NOT EXISTS effect (key TEXT, number INTEGER)")
+
+    @service.handle
+    async def note(order: DiskOrder, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute("INSERT INTO effect VALUES (?, ?)", (order.key, order.number))
+        held.set()
+        await free.wait()
+
+    app = App(service, f"sqlite:///{path}", grace_s=0.1)
+    app.hooks.add(facts.append)
+    await app.start()
+    engine, (consumer,) = app.transport.engine, app._consumers
+    settled, errors = consumer.settled, []
+    consumer.deliverer._settled = lambda unit, error: (errors.append(error), settled(unit, error))
+    await app.publish(DiskOrder("a", 1))
+    await held.wait()
+    path.unlink()
+    with pytest.raises(FatalStoreError, match="E515"):
+        await app.ended()
+    free.set()
+    await until(lambda: errors)
+    assert [error.code for error in errors] == ["E515"]
+    assert facts == []
+    assert engine._phase == "failed"
     await app.stop()
 
 

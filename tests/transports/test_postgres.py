@@ -22,10 +22,11 @@ import pytest
 from tests import brokers
 from tests.brokers import broker_url
 from trunkline import App, Batch, Context, Queue, Service, Stream, Struct, System, Topic
-from trunkline.clock import ManualClock
+from trunkline.clock import ManualClock, system_clock
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.testing import soak
-from trunkline.transports.postgres import readers
+from trunkline.transport import parse_address
+from trunkline.transports.postgres import inspector, readers
 from trunkline.transports.postgres.tables import CLAIM
 
 OWN = f"postgres@own-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
@@ -1011,3 +1012,39 @@ async def test_half_of_many_publishers_go_on_while_the_other_half_is_told(url):
         await asyncio.gather(*(publish(number) for number in range(100)))
         assert committed.result() == 50
         assert told == list(range(100))
+
+
+async def test_the_outbox_is_read_page_by_page(url, monkeypatch):
+    monkeypatch.setattr(inspector, "PAGE", 2)
+    first, second, service = Queue("outbox-first"), Queue("outbox-second"), Service("outboxed")
+
+    @first.command(type="first")
+    class First(Struct):
+        number: int
+
+    @second.command(type="second")
+    class Second(Struct):
+        number: int
+
+    @service.handle
+    async def do_first(_job: First) -> None: ...
+
+    @service.handle
+    async def do_second(_job: Second) -> None: ...
+
+    async with App(service, url) as app:
+        for number in range(5):
+            await app.schedule(First(number), timedelta(hours=5 - number))
+            await app.schedule(Second(number), timedelta(hours=5 - number))
+    looker = inspector.PostgresInspector(parse_address(url), system_clock)
+    await looker.open()
+    try:
+        everything, more = await looker.outbox(None, None, 4)
+        assert ([one.channel for one in everything], more) == (["outbox-first", "outbox-second"] * 2, 6)
+        for chosen in (("outbox-second", None), (None, "second")):
+            found, more = await looker.outbox(*chosen, 3)
+            assert ([one.message.type for one in found], more) == (["second"] * 3, 2)
+            assert [one.due for one in found] == sorted(one.due for one in found)
+        assert await looker.outbox("outbox", None, 3) == ([], 0)
+    finally:
+        await looker.close()

@@ -1,6 +1,7 @@
 """One subscription at work: stopping in the middle."""
 
 import asyncio
+import contextlib
 
 import msgspec
 
@@ -201,6 +202,26 @@ async def test_a_parked_message_that_is_due_runs_before_what_waits(tmp_path):
     async with App(service, url):
         await until(lambda: len(handled) == 61)
     assert handled.index("failing") < 50
+
+
+async def test_a_batch_whose_handler_swallows_its_cancellation_ends_with_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trunkline.tasks.STUBBORN_S", 0.001)
+    service, begun, free = Service("batcher"), [], asyncio.Event()
+
+    @service.handle(batch=Batch(size=3, wait_s=0))
+    async def handle(found: list[Job]) -> None:
+        begun.append(len(found))
+        while not free.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await free.wait()
+
+    async with App(service, f"sqlite:///{tmp_path}/stubborn.db", grace_s=0.01) as app:
+        await app.publish(Job(1))
+        await until(lambda: begun)
+        stopping = asyncio.create_task(app.stop())
+        await until(lambda: "batcher@consumer-jobs: the stop waits for 1 handlers" in caplog.text)
+        free.set()
+        await asyncio.wait_for(stopping, 10)
 
 
 async def test_a_batch_that_is_full_waits_no_longer(tmp_path):

@@ -859,6 +859,52 @@ async def test_a_try_that_a_stop_interrupts_is_no_crash(file_rig, job, monkeypat
         assert (begun, handled, await file_rig.dead()) == ([7] * (MAX_CRASHES + 3), [7], [])
 
 
+async def test_what_the_cancellation_of_a_stop_comes_out_as_is_no_failure(file_rig, job):
+    service, begun, handled, free = Service("worker"), [], [], asyncio.Event()
+
+    @service.handle(retry=ONCE)
+    async def work(message: job) -> None:
+        begun.append(message.number)
+        try:
+            await free.wait()
+        except asyncio.CancelledError:
+            raise ValueError("the bank did not answer") from None
+        handled.append(message.number)
+
+    async with file_rig.run(service, grace_s=0.01) as app:
+        await app.publish(job("a", 7))
+        await until(lambda: begun)
+    assert begun == [7]
+    free.set()
+    async with file_rig.run(service):
+        await until(lambda: handled)
+        assert await file_rig.dead() == []
+
+
+async def test_a_stop_goes_on_where_the_store_refuses_to_take_tries_back(file_rig, job, monkeypatch, caplog):
+    service, begun = Service("worker"), []
+
+    @service.handle
+    async def work(message: job) -> None:
+        begun.append(message.number)
+        await asyncio.Event().wait()
+
+    async def refuse(_deliveries):
+        raise ValueError("the table is gone")
+
+    async with file_rig.run(service, grace_s=0.01) as app:
+        await app.publish(job("a", 7))
+        await until(lambda: begun)
+        (consumer,) = app._consumers
+        consumer._begun[0] = None
+        monkeypatch.setattr(app.store, "undo_attempts", refuse)
+    assert (
+        "did not take back 1 tries that the stop interrupted; they count as crashes: the table is gone" in caplog.text
+    )
+    async with file_rig.run(service, grace_s=0.01):
+        await until(lambda: begun == [7, 7])
+
+
 async def test_a_held_transaction_is_reported_by_name(file_rig, job, clock, caplog):
     service = Service("worker")
 

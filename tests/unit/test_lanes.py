@@ -106,7 +106,7 @@ async def test_a_cancel_that_comes_after_the_handler_ended_ends_no_worker(again_
 
 
 async def test_a_stop_that_waits_for_a_handler_which_goes_on_says_so(monkeypatch, caplog):
-    monkeypatch.setattr("trunkline.lanes.STUBBORN_S", 0.001)
+    monkeypatch.setattr("trunkline.tasks.STUBBORN_S", 0.001)
     free = asyncio.Event()
 
     async def go_on():

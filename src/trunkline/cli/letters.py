@@ -71,7 +71,7 @@ def check_store(settings: Settings) -> None:
         raise ConfigurationError(
             "E230",
             f"{shown} keeps nothing: what is parked waits in the service's own memory,"
-            " dead letters are in a Queue on the broker",
+            " dead letters are in a Queue on the broker, and there is no outbox",
             '"trunkline backlog" counts them, "trunkline tail NAME.dead-letters" shows them where the broker lets one'
             " look, a handler on that Queue takes them; or name a store: --store sqlite:///shop.db",
         )

@@ -41,19 +41,20 @@ def run_all(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, context, _begin, (simulation,))
     under_way: deque[tuple[list[Attempt], Future[Ended | tuple[str, str, str]]]] = deque()
-    chunks = _chunks(attempts)
+    chunks, refused = _chunks(attempts), None
     try:
         while True:
-            for chunk in islice(chunks, 2 * processes - len(under_way)):
+            while not refused and len(under_way) < 2 * processes and (chunk := next(chunks, None)):
                 try:
-                    future = pool.submit(_chunk, chunk)
+                    under_way.append((chunk, pool.submit(_chunk, chunk)))
                 except BrokenProcessPool as error:
-                    raise _lost(under_way[0][0] if under_way else chunk) from error
-                under_way.append((chunk, future))
+                    refused = _lost(chunk)  # what was done before is told first
+                    refused.__cause__ = error
             if not under_way:
-                return
-            chunk, future = under_way.popleft()
-            yield from _ended(chunk, future)
+                break
+            yield from _ended(*under_way.popleft())
+        if refused:
+            raise refused
     finally:
         pool.shutdown(cancel_futures=True)
 

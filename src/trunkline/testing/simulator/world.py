@@ -351,12 +351,13 @@ class World:
         account = self.account
         work = self._work
         error = work.exception() if work is not None and work.done() else None
-        if isinstance(error, AssertionError):
+        kind = "" if isinstance(error, Exception) else type(error).__name__  # of pytest.fail: Failed, of skip: Skipped
+        if error is not None and (isinstance(error, AssertionError) or kind == "Failed"):
             account.violations.append(
                 Violation(getattr(self.simulation.workload, "__name__", "workload"), _said(error))
             )
-        elif error is not None and not isinstance(error, Exception):
-            raise error  # pytest.skip and the like, which are not about the system
+        elif error is not None and kind == "Skipped":
+            raise error
         elif error is not None:
             raise SimulationError("E704", f"the workload failed: {type(error).__name__}: {error}") from error
         if not self._at_rest():

@@ -67,7 +67,11 @@ WHERE {_FITS} AND (p.lane IS NULL OR p.seq = (
     SELECT seq FROM @parked o WHERE o.reader = p.reader AND o.lane = p.lane ORDER BY position, seq LIMIT 1))
 ORDER BY h.held_by IS NOT NULL, p.due, p.seq
 """  # noqa: S608 - a constant of this module
-_OUTBOX = "SELECT channel, event, due FROM @outbox WHERE $1::text IS NULL OR channel = $1 ORDER BY due, seq"
+_OUTBOX = """
+SELECT channel, event, due, seq FROM @outbox WHERE ($1::text IS NULL OR channel = $1) AND (due, seq) > ($2, $3)
+ORDER BY due, seq LIMIT $4
+"""
+_OUTBOX_COUNT = "SELECT count(*) FROM @outbox WHERE $1::text IS NULL OR channel = $1"
 _ASIDE = """
 SELECT r.label, (SELECT count(*) FROM @parked p WHERE p.reader = r.id),
     (SELECT count(*) FROM @dead_letter d WHERE d.reader = r.id),
@@ -267,10 +271,19 @@ class PostgresInspector:
 
     async def outbox(self, channel: str | None, message_type: str | None, limit: int) -> tuple[list[OutboxEntry], int]:
         """See LetterReader."""
-        found = [OutboxEntry(name, read_packed(event), due) for name, event, due in await self._rows(_OUTBOX, channel)]
-        if message_type is not None:
-            found = [one for one in found if one.message is not None and one.message.type == message_type]
-        return found[:limit], max(0, len(found) - limit)
+        if message_type is None:
+            rows = await self._rows(_OUTBOX, channel, 0.0, 0, limit)
+            ((count,),) = await self._rows(_OUTBOX_COUNT, channel)
+            return [_entry(row) for row in rows], count - len(rows)
+        found: list[OutboxEntry] = []
+        more, due, number = 0, 0.0, 0
+        while rows := await self._rows(_OUTBOX, channel, due, number, PAGE):
+            fit = [one for one in map(_entry, rows) if one.message is not None and one.message.type == message_type]
+            room = limit - len(found)
+            found += fit[:room]
+            more += len(fit[room:])
+            _, _, due, number = rows[-1]
+        return found, more
 
     async def set_aside(self) -> dict[str, SetAside]:
         """See LetterReader."""
@@ -279,6 +292,11 @@ class PostgresInspector:
             message = None if event is None else read_packed(event)
             found[label] = SetAside(parked, dead, None if message is None else message.time)
         return found
+
+
+def _entry(row: Sequence[Any]) -> OutboxEntry:
+    channel, event, due, _ = row
+    return OutboxEntry(channel, read_packed(event), due)
 
 
 def _differences(there: Mapping[str, tuple[str, int]], channels: Sequence[Channel]) -> Iterator[Finding]:

@@ -44,6 +44,14 @@ def test_a_test_may_skip_itself():
         skipped()
 
 
+def test_a_test_that_calls_fail_tells_a_story(tmp_path):
+    @simulate(system, override={Bank: CarefulBank}, crash_sweep=False, output=tmp_path)
+    async def failing(sim):
+        pytest.fail("the bank is closed")
+
+    assert failure_of(failing).startswith("broken: failing\n  the bank is closed")
+
+
 def hasty(folder):
     """Return a test with a planted bug."""
 
