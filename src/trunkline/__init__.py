@@ -8,12 +8,14 @@ from trunkline.channel import Queue, Stream, Struct, Topic
 from trunkline.errors import DiscardError, RejectError, RetryLaterError, TrunklineError
 from trunkline.handler import Batch, Context
 from trunkline.message import Message
+from trunkline.policies.breaker import Breaker
 from trunkline.policies.retry import Retry
 from trunkline.service import Service, System
 
 __all__ = [
     "App",
     "Batch",
+    "Breaker",
     "Context",
     "DiscardError",
     "Message",

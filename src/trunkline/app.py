@@ -197,6 +197,7 @@ class App:
             shared=shared,
             alone=alone,
             failed=self._fail,
+            hooks=self.hooks,
         )
         self.store.on_change(parking.notify)
         routes, every = compile_routes(handlers, self._running[service.name].resources, self.clock)
@@ -212,6 +213,7 @@ class App:
                 clock=self.clock,
                 settled=consumer.settled,
                 holds=options.after_dead_letter == "hold",
+                circuit=consumer.circuit,
             )
         )
         return consumer

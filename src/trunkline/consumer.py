@@ -17,10 +17,12 @@ from trunkline.clock import Clock
 from trunkline.delivery import MAX_CRASHES, Deliverer
 from trunkline.errors import LeaseLostError, TransportError, TrunklineError
 from trunkline.handler import Options
+from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.lanes import Lanes
 from trunkline.message import unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.parking import Parking
+from trunkline.policies.breaker import Circuit
 from trunkline.store import Store, Unit
 from trunkline.tasks import cancel, spawn
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
@@ -58,6 +60,7 @@ class Consumer:
         shared: bool,
         alone: asyncio.Lock,
         failed: Callable[[BaseException], None],
+        hooks: Hooks,
     ) -> None:
         self.subscription = subscription
         self.parking = parking
@@ -87,6 +90,14 @@ class Consumer:
         self._batches_idle.set()
         self._going = asyncio.Event()
         self._going.set()
+        self._held: set[str] = set()  # why nothing begins now
+        self._hooks = hooks
+        self.circuit: Circuit | None = None
+        if options.breaker is not None:
+            self.circuit = Circuit(
+                options.breaker, clock, hold=lambda: self._hold("breaker"), go_on=lambda: self._go_on("breaker"),
+                told=self._tell,
+            )  # fmt: skip
         self._draining = False
         self._broken = False
         self.lanes: Lanes
@@ -128,6 +139,8 @@ class Consumer:
     async def stop(self) -> None:
         """Cancel everything; a try that this interrupts is no crash."""
         self.deliverer.stopping = True
+        if self.circuit is not None:
+            self.circuit.stop()
         await cancel(list(self._tasks), self.subscription.label)
         await self.lanes.stop()
         begun, self._begun = list(self._begun.values()), {}
@@ -140,6 +153,25 @@ class Consumer:
                     "%s: the store did not take back %d tries that the stop interrupted; they count as crashes: %s",
                     self.subscription.label, len(begun), str(error) or f"no answer within {LAST_WORD_S:g} s",
                 )  # fmt: skip
+
+    # --- pauses ---
+
+    def _hold(self, why: str) -> None:
+        """Begin nothing more; what runs goes on."""
+        self._held.add(why)
+        self.lanes.pause()
+        self._going.clear()
+
+    def _go_on(self, why: str) -> None:
+        """Begin again, unless there is another reason not to."""
+        self._held.discard(why)
+        if not self._held:
+            self._going.set()
+            self.lanes.resume()
+
+    def _tell(self, opens: bool, reason: str) -> None:  # noqa: FBT001 - the circuit's
+        kind: FactKind = "paused" if opens else "resumed"
+        self._hooks.emit(Fact(kind, self.subscription.name, self.subscription.channel.name, reason=reason))
 
     # --- receiving ---
 
@@ -449,8 +481,7 @@ class Consumer:
             log.warning("%s: the store refused a commit, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
             # What runs now was started after the messages that are done again: it comes after them.
             self.deliverer.epoch += 1
-            self.lanes.pause()
-            self._going.clear()
+            self._hold("commit")
             self._spawn(self._do_again())
         self._redo += unit.deliveries
 
@@ -480,8 +511,7 @@ class Consumer:
             self._gathering.set()
         else:
             self.lanes.add_first(redo)
-        self._going.set()
-        self.lanes.resume()
+        self._go_on("commit")
 
 
 def _is_final(error: TrunklineError) -> bool:

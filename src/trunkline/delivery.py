@@ -30,6 +30,7 @@ from trunkline.lanes import NOTHING, Ended, Resume, new_driver
 from trunkline.message import Message, unpack
 from trunkline.outcome import ACK, PASSED, Ack, DeadLetter, Discard, Outcome, RetryLater, RetryNow
 from trunkline.parking import BEHIND, Parking
+from trunkline.policies.breaker import Circuit
 from trunkline.policies.retry import Retry, describe
 from trunkline.policies.timeout import Deadlines
 from trunkline.store import DuplicateSignal, Store, Unit
@@ -105,6 +106,7 @@ class Deliverer:
         every: Route for a handler that takes every Message, or None.
         settled: called when a unit is committed, or with the error that undid it.
         holds: whether a dead letter keeps the later messages of its key waiting.
+        circuit: of the subscription's Breaker, if it has one.
     """
 
     def __init__(  # noqa: PLR0913 - wired by app only
@@ -120,6 +122,7 @@ class Deliverer:
         clock: Clock,
         settled: Callable[[Unit, BaseException | None], None],
         holds: bool,
+        circuit: Circuit | None = None,
     ) -> None:
         self._subscription = subscription
         self._source = service
@@ -132,13 +135,14 @@ class Deliverer:
         self._clock = clock
         self._settled = settled
         self._holds = holds
+        self._circuit = circuit
         self._strict = subscription.channel.kind == "queue"
         self._log = logging.getLogger(f"trunkline.handler.{service}")
         self._driver = new_driver()
         self.epoch = 0
         self.stopping = False
 
-    def deliver(  # noqa: C901, PLR0911 - the story in one place, and the hot path
+    def deliver(  # noqa: C901, PLR0911, PLR0912 - the story in one place, and the hot path
         self, delivery: Delivery
     ) -> Coroutine[Any, Any, None] | None:
         """Take one delivery to its settlement; what cannot be finished at once is returned, to be awaited.
@@ -156,6 +160,8 @@ class Deliverer:
         if route is None:
             self.settle(Unit((delivery,), self._settled), self._unknown(message))  # type: ignore[arg-type]
             return None
+        if self._circuit is not None:
+            self._circuit.begins()
         unit = Unit((delivery,), self._settled, route.name)
         if not route.is_async:
             return self._handle(route, unit, delivery, None)
@@ -177,6 +183,8 @@ class Deliverer:
                 self._stage(route, unit, message, step.value)
             except Exception as error:  # noqa: BLE001 - as above
                 return self._handle(route, unit, delivery, _Raised(error))
+        if self._circuit is not None:
+            self._circuit.handled()
         if unit.context is None and delivery.row == LIVE:
             self._store.submit(unit)  # the usual case: `settle` has nothing else to do
         else:
@@ -227,10 +235,9 @@ class Deliverer:
                 return
             except Exception as error:  # noqa: BLE001 - the policy decides about every failure
                 await self._undo(unit)
-                delivery.attempt += 1
                 if self._hooks.raised is not None and delivery.message is not None:
                     self._hooks.raised(delivery.message.id, error)
-                outcome = route.retry.verdict(error, delivery.attempt, self._clock.random())
+                outcome = self._verdict(route, delivery, error)
                 if isinstance(outcome, RetryNow):
                     self._emit("retried", delivery, outcome.reason)
                     started, outcome = None, ACK
@@ -247,7 +254,20 @@ class Deliverer:
             await self._undo(unit)
             self._settled(unit, UndoneError())
 
-    async def _run(self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None) -> Any:
+    def _verdict(self, route: Route, delivery: Delivery, error: Exception) -> Outcome:
+        """Return what becomes of a message whose handler failed; while a circuit is open the try does not count."""
+        random = self._clock.random()
+        if self._circuit is not None and route.retry.tries_again(error):
+            message = delivery.message
+            wait_s = self._circuit.failed(message and message.identity, error, random)
+            if wait_s is not None:
+                return RetryLater(wait_s, f"the circuit is open; {describe(error)}")
+        delivery.attempt += 1
+        return route.retry.verdict(error, delivery.attempt, random)
+
+    async def _run(  # noqa: C901 - every way a call can end
+        self, route: Route, unit: Unit, delivery: Delivery, started: Awaitable[Any] | None
+    ) -> Any:
         """Call the handler, or go on with its first try, within its time."""
         if started is None:
             payload = route.decode(delivery.message)  # type: ignore[arg-type]
@@ -279,6 +299,8 @@ class Deliverer:
             raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
         if route.deadlines.leave(task):
             task.uncancel()  # it ended in the same moment as its time
+        if self._circuit is not None:
+            self._circuit.handled()
         return value
 
     def _context(self, route: Route, unit: Unit, delivery: Delivery) -> Context:
@@ -350,6 +372,8 @@ class Deliverer:
                 self.settle(Unit((delivery,), self._settled, route.name), outcome)
         if not runnable:
             return
+        if self._circuit is not None:
+            self._circuit.begins()
         unit = Unit(tuple(runnable), self._settled, route.name)
         epoch = self.epoch
         try:
@@ -387,7 +411,7 @@ class Deliverer:
         return None
 
     async def _try_batch(self, route: Route, unit: Unit, payloads: list[Any]) -> Outcome | None:
-        """Return ACK, or None when the batch failed and each is to be tried alone."""
+        """Return the outcome of all, or None when the batch failed and each is to be tried alone."""
         first = unit.deliveries[0]
         try:
             context = self._context(route, unit, first) if route.needs_context else None
@@ -404,8 +428,9 @@ class Deliverer:
             raise
         except Exception as error:  # noqa: BLE001 - the policy decides about every failure
             await self._undo(unit)
-            if len(unit.deliveries) == 1:
-                log.debug("%s failed alone: %s", route.name, error)
+            if self._circuit is not None and self._circuit.is_open and route.retry.tries_again(error):
+                return self._verdict(route, first, error)  # of all of them: one by one they would fail as well
+            log.debug("%s failed, each is tried alone: %s", route.name, error)
         except BaseException:
             await self._undo(unit)
             raise

@@ -22,6 +22,7 @@ from trunkline.clock import Clock
 from trunkline.codec import MAX_PAYLOAD_BYTES, not_encoded, too_large
 from trunkline.errors import DefinitionError, PublishError, TransactionError, UnroutableError
 from trunkline.message import Message, checked
+from trunkline.policies.breaker import Breaker
 from trunkline.policies.retry import Retry
 from trunkline.store import Store, Transaction, Unit
 from trunkline.transport import Delivery, Staged, Start
@@ -58,6 +59,7 @@ class Options(msgspec.Struct, frozen=True):
         after_dead_letter: `hold` keeps the later messages of a dead letter's key waiting; `continue` does not.
         parked_limit: most parked messages of the subscription; when reached it pauses.
         start: where a new reader of a Stream begins: `earliest`, `latest` or a moment, an aware datetime.
+        breaker: when to pause because what it calls is away; None never does.
     """
 
     subscription: str | None = None
@@ -70,6 +72,7 @@ class Options(msgspec.Struct, frozen=True):
     after_dead_letter: typing.Literal["hold", "continue"] = "hold"
     parked_limit: int = 100_000
     start: Start = "earliest"
+    breaker: Breaker | None = None
 
 
 class Handler:

@@ -74,6 +74,9 @@ WORDS: dict[FactKind, str] = {"buried": "set aside"}
 def log_fact(fact: Fact) -> None:
     """Write a fact to the `trunkline` logger: what needs a human as a warning, the rest as info."""
     level = logging.WARNING if fact.kind in {"buried", "paused", "slow"} else logging.INFO
+    if not fact.message_id:
+        log.log(level, "%s %s@%s: %s", fact.kind, fact.subscription, fact.channel, fact.reason)
+        return
     log.log(
         level,
         "%s %s %s on %s@%s attempt %d: %s",

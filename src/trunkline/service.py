@@ -16,6 +16,7 @@ from trunkline.channel import Channel, MessageType, Queue, Stream, check_name, m
 from trunkline.clock import system_clock
 from trunkline.errors import DefinitionError
 from trunkline.handler import Batch, Handler, Options, declaration
+from trunkline.policies.breaker import Breaker
 from trunkline.policies.retry import Retry
 from trunkline.transport import Start
 
@@ -78,6 +79,7 @@ class Service:
         after_dead_letter: Literal["hold", "continue"] = ...,
         parked_limit: int = ...,
         start: Start = ...,
+        breaker: Breaker | None = ...,
     ) -> Callable[[F], F]: ...
     def handle(self, function: Any = None, /, **options: Any) -> Any:
         """Declare a handler: its first parameter's type is its subscription, its return type its publications.

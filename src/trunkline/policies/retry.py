@@ -47,6 +47,16 @@ class Retry(msgspec.Struct, frozen=True):
         """Return the longest time from the first failure to the last try, in seconds."""
         return sum(self.delays_s) * (1 + self.jitter)
 
+    def tries_again(self, error: BaseException) -> bool:
+        """Return whether another try may help; not where an error says itself what becomes of its message.
+
+        >>> Retry(never=(KeyError,)).tries_again(OSError()), Retry(never=(KeyError,)).tries_again(KeyError())
+        (True, False)
+        """
+        if isinstance(error, (RejectError, DiscardError, RetryLaterError, DecodeError, *self.never)):
+            return False
+        return not isinstance(error, TrunklineError) or error.retryable
+
     def verdict(  # noqa: PLR0911 - one line per rule
         self, error: BaseException, failures: int, random: float
     ) -> Outcome:
@@ -76,8 +86,7 @@ class Retry(msgspec.Struct, frozen=True):
                 return RetryLater(error.after_s, reason)
             case DecodeError():
                 return DeadLetter(error.code, _first_line(safe_text(error).removeprefix(f"{error.code} ")))
-        hopeless = isinstance(error, self.never) or (isinstance(error, TrunklineError) and not error.retryable)
-        if hopeless:
+        if not self.tries_again(error):
             return DeadLetter("handler", reason, detail(error))
         if failures <= self.immediate:
             return RetryNow(reason)
