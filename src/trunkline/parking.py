@@ -15,8 +15,8 @@ from functools import partial
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
 from trunkline.hooks import Fact, Hooks
-from trunkline.outcome import DeadLetter, Outcome, RetryLater
-from trunkline.store import Store
+from trunkline.outcome import Outcome, RetryLater
+from trunkline.store import Store, parked_change
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
 
 log = logging.getLogger("trunkline.parking")
@@ -90,12 +90,12 @@ class Parking:
         key = delivery.key
         if delivery.partition < 0 or key is None:
             return
-        self._count(key, _change(delivery, outcome))
+        self._count(key, parked_change(delivery, outcome))
 
     def undone(self, delivery: Delivery, outcome: Outcome) -> None:
         """Take back what `settled` noted: it was not stored."""
         if delivery.partition >= 0 and delivery.key is not None:
-            self._count(delivery.key, -_change(delivery, outcome))
+            self._count(delivery.key, -parked_change(delivery, outcome))
 
     def _count(self, key: str, change: int) -> None:
         if not change:
@@ -158,9 +158,3 @@ class Parking:
     def _emit(self, kind: str, reason: str) -> None:
         subscription = self._subscription
         self._hooks.emit(Fact(kind, subscription.name, subscription.channel.name, reason=reason))  # type: ignore[arg-type]
-
-
-def _change(delivery: Delivery, outcome: Outcome) -> int:
-    """Return by how much an outcome changes the number of parked or held messages of the delivery's key."""
-    adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
-    return int(adds) - int(delivery.row != LIVE)

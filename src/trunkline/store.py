@@ -13,8 +13,8 @@ import msgspec
 
 from trunkline.channel import Queue
 from trunkline.message import Message
-from trunkline.outcome import ACK, Outcome
-from trunkline.transport import Delivery, Staged, Subscription, Transport
+from trunkline.outcome import ACK, DeadLetter, Outcome, RetryLater
+from trunkline.transport import LIVE, Delivery, Staged, Subscription, Transport
 
 INBOX_WINDOW_S = 7 * 24 * 3600.0
 """How long a handled message is remembered; the longest retry must be shorter."""
@@ -69,6 +69,12 @@ class Unit(msgspec.Struct, eq=False, gc=False):
 
 def _told(_unit: Unit, _error: BaseException | None) -> None:
     """Stand in place of a Unit's `done` once that was called."""
+
+
+def parked_change(delivery: Delivery, outcome: Outcome) -> int:
+    """Return by how much an outcome changes the number of parked or held messages of the delivery's key."""
+    adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
+    return int(adds) - int(delivery.row != LIVE)
 
 
 def resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | None) -> None:

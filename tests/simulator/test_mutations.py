@@ -12,10 +12,13 @@ from itertools import islice
 import pytest
 
 from tests.simulator.mutations.__main__ import BEDS
+from tests.simulator.mutations.bed import retries_of_two
 from tests.simulator.mutations.hunt import Found, Mutation, attempts, hunt, plain_run, quickly
 from tests.simulator.mutations.mistakes import MISTAKES
 from tests.simulator.mutations.safeguards import SAFEGUARDS
+from trunkline.testing.simulator import Tape
 from trunkline.testing.simulator.broker import PROFILES
+from trunkline.testing.simulator.search import Attempt, runs
 
 HANDFUL = 6
 
@@ -46,3 +49,9 @@ def test_without_a_bug_nothing_is_found(bed, broker: str) -> None:
     for by, most in (("plain", 1), ("crash sweep", 4), ("point sweep", 7), ("random", 4)):
         found = hunt(simulation, islice(attempts(simulation, plain, by), most))
         assert not isinstance(found, Found), found
+
+
+def test_a_key_that_is_parked_while_the_parked_are_read_is_not_forgotten() -> None:
+    """Of the simulated store: what was submitted in the meantime must be among what it tells."""
+    ((_, result),) = runs(retries_of_two("kafka"), [Attempt(Tape(seed=709), "seed 709", random=True)])
+    assert result.violations == []

@@ -19,7 +19,15 @@ from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.postgres import Engine, Stage, close_engine, open_engine
 from trunkline.postgres.joining import run_within
 from trunkline.postgres.settings import DRIVER_ERRORS, read_settings
-from trunkline.store import INBOX_WINDOW_S, DeadLetterRow, DuplicateSignal, OutboxRow, Transaction, Unit
+from trunkline.store import (
+    INBOX_WINDOW_S,
+    DeadLetterRow,
+    DuplicateSignal,
+    OutboxRow,
+    Transaction,
+    Unit,
+    parked_change,
+)
 from trunkline.stores.postgres.letters import Letters, lane_of, no_dead_letter
 from trunkline.stores.postgres.tables import (
     CLAIM_LOOSE,
@@ -389,7 +397,7 @@ class PostgresStore:
             for unit in self.engine.uncommitted():
                 for delivery in unit.deliveries:
                     if delivery.subscription is subscription and delivery.partition >= 0 and delivery.key is not None:
-                        keys[delivery.key] = keys.get(delivery.key, 0) + _change(unit, delivery)
+                        keys[delivery.key] = keys.get(delivery.key, 0) + parked_change(delivery, unit.outcome)
             into({key: count for key, count in keys.items() if count > 0})
 
         await self.engine.look(load)
@@ -541,13 +549,6 @@ class PostgresStore:
             "DELETE FROM @inbox WHERE ctid = ANY (ARRAY(SELECT ctid FROM @inbox WHERE at < $1 LIMIT $2))",
             int(self._clock.now() - INBOX_WINDOW_S), TIDY_ROWS,
         )  # fmt: skip
-
-
-def _change(unit: Unit, delivery: Delivery) -> int:
-    """Return by how much the end of a unit changes what is parked or held of a key; see parking.py."""
-    outcome = unit.outcome
-    adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
-    return int(adds) - int(delivery.row != LIVE)
 
 
 def _attempt_id(delivery: Delivery) -> str:
