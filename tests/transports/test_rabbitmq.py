@@ -22,11 +22,11 @@ from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.testing.proxy import Proxy
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
-from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Connection, connect
+from trunkline.transports.rabbitmq.client import AmqpError, Arrived, Channel, Connection, connect
 from trunkline.transports.rabbitmq.names import Declarer, Names
 from trunkline.transports.rabbitmq.queue_reader import Unacked, read_message
 from trunkline.transports.rabbitmq.stream_reader import offset_of
-from trunkline.transports.rabbitmq.tokens import Token
+from trunkline.transports.rabbitmq.tokens import Token, Tokens
 
 FAULTY = "rabbitmq@faults"
 YOUNG = "rabbitmq@young"
@@ -762,6 +762,33 @@ async def test_a_partition_moves_when_what_is_under_way_in_it_is_settled(url):
             )  # fmt: skip
             assert sorted(subjects(both[0] + both[1])) == list(range(20, 40))
             assert not any(delivery.suspect for delivery in both[0] + both[1])
+
+
+async def test_a_partition_is_left_once_its_last_commit_has_come_by(url, monkeypatch):
+    one, leaving, awaited = Subscription("one", Stream("log", partitions=2)), [], []
+    arrived, release, cancel = Tokens._arrived, Tokens._release, Channel.cancel
+
+    async def note_and_release(self, channel, partition):
+        leaving.append((self, partition))
+        await release(self, channel, partition)
+
+    async def note_and_cancel(self, tag):
+        found = [tokens._held.get(number) for tokens, number in leaving if str(number) == tag]
+        awaited.extend(one.awaited for one in found if one)
+        await cancel(self, tag)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(Tokens, "_arrived", lambda self, batch: loop.call_later(0.3, arrived, self, batch))
+    async with opened(url, one) as first:
+        await until(lambda: len(owned(first, one)) == 2)
+        await first.send([staged(one.channel, number) for number in range(20)])
+        held = await received(first, one, 20, settle=False)
+        monkeypatch.setattr(Tokens, "_release", note_and_release)
+        monkeypatch.setattr(Channel, "cancel", note_and_cancel)
+        async with opened(url, one) as second:
+            await first.settle(held)
+            await until(lambda: len(owned(first, one)) == len(owned(second, one)) == 1)
+            assert awaited == [None]
 
 
 async def collect(transport, subscription, seconds):

@@ -11,6 +11,7 @@ Never does: read the Stream (stream_reader.py). Read next: stream_reader.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -96,6 +97,14 @@ class Held:
         if self.awaited is not None and not token.first and token.offset >= self.awaited[0]:
             self.awaited = None
         self.came.set()
+
+    async def settled(self) -> None:
+        """Wait for a commit that is to come by: else it may come to the next one as that of a process that died."""
+        with contextlib.suppress(TimeoutError):  # then it is one that nobody is to wait for
+            async with asyncio.timeout(CLAIM_S):
+                while self.awaited is not None:
+                    self.came.clear()
+                    await self.came.wait()
 
     def remove(self, channel: Channel) -> None:
         """Remove the token: another one was written."""
@@ -278,6 +287,7 @@ class Tokens:
         held = self._held.get(partition)
         if held is None or held.token is None:
             return
+        await held.settled()
         try:
             await channel.cancel(str(partition))
         except AmqpError as error:
