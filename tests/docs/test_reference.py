@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import trunkline
-from trunkline import App, Batch, Context, Message, Queue, Retry, Running, Service, Stream, System, Topic
+from trunkline import App, Batch, Breaker, Context, Message, Queue, Retry, Running, Service, Stream, System, Topic
 from trunkline.handler import Options
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +70,14 @@ def test_the_overload_of_handle_has_the_same_options():
     assert {argument.arg for argument in overload.args.kwonlyargs} == set(Options.__struct_fields__)
 
 
-@pytest.mark.parametrize("cls", [Retry, Batch])
-def test_every_field_of_retry_and_batch_is_documented_with_its_default(cls):
-    shown = rows_below(page("api.md"), "### `Retry` and `Batch`")
-    fields = {field.name: field.default for field in msgspec.structs.fields(cls)}
-    own = {name.partition(".")[2]: value for name, value in shown.items() if name.startswith(cls.__name__)}
-    assert {name: ast.literal_eval(value) for name, value in own.items()} == fields
+@pytest.mark.parametrize("cls", [Retry, Breaker, Batch])
+def test_every_field_of_retry_breaker_and_batch_is_documented_with_its_default(cls):
+    shown = rows_below(page("api.md"), "### `Retry`, `Breaker` and `Batch`")
+    fields = {
+        field.name: "(Exception,)" if field.default == (Exception,) else repr(field.default)
+        for field in msgspec.structs.fields(cls)
+    }
+    assert {name.partition(".")[2]: said for name, said in shown.items() if name.startswith(cls.__name__)} == fields
 
 
 @pytest.mark.parametrize("cls", [App, Context, Running, Service, System])

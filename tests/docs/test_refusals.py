@@ -173,6 +173,8 @@ CASES = [
     ("E120", "schema version below 1", "@orders.event(version=0)\nclass OrderShipped(Struct):\n    order_id: str"),
     ("E120", "no partitions, or over 1024", "Stream('order-log', partitions=0)"),
     ("E120", "negative numbers in `Retry`", "Retry(immediate=-1)"),
+    ("E120", "numbers in `Breaker` that are not above 0", "Breaker(messages=0)"),
+    ("E120", "`Breaker(on=…)` without a tuple of exceptions", "Breaker(on=OSError)"),
     ("E120", "an option that `handle` does not have", "payment.handle(retries=3)(lambda order: None)"),
     ("E120", "a number that must be positive", "payment.handle(concurrency=0)(lambda order: None)"),
     ("E120", "a negative wait", "payment.handle(batch=Batch(wait_s=-1))(lambda order: None)"),

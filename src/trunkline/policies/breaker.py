@@ -37,7 +37,7 @@ class Breaker(msgspec.Struct, frozen=True):
             raise DefinitionError("E120", f"{self!r}", "messages and pause_s are more than 0")
         on: Any = self.on  # whatever was given
         if not (isinstance(on, tuple) and all(isinstance(one, type) and issubclass(one, Exception) for one in on)):
-            raise DefinitionError("E120", f"{self!r}", "`on` is a tuple of exception classes, such as (OSError,)")
+            raise DefinitionError("E120", f"{self!r}", "on is a tuple of exception classes, such as (OSError,)")
 
 
 class Circuit:
