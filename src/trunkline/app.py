@@ -197,7 +197,6 @@ class App:
             shared=shared,
             alone=alone,
             failed=self._fail,
-            hooks=self.hooks,
         )
         self.store.on_change(parking.notify)
         routes, every = compile_routes(handlers, self._running[service.name].resources, self.clock)

@@ -17,7 +17,6 @@ from trunkline.clock import Clock
 from trunkline.delivery import MAX_CRASHES, Deliverer
 from trunkline.errors import LeaseLostError, TransportError, TrunklineError
 from trunkline.handler import Options
-from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.lanes import Lanes
 from trunkline.message import unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
@@ -60,7 +59,6 @@ class Consumer:
         shared: bool,
         alone: asyncio.Lock,
         failed: Callable[[BaseException], None],
-        hooks: Hooks,
     ) -> None:
         self.subscription = subscription
         self.parking = parking
@@ -91,12 +89,11 @@ class Consumer:
         self._going = asyncio.Event()
         self._going.set()
         self._held: set[str] = set()  # why nothing begins now
-        self._hooks = hooks
         self.circuit: Circuit | None = None
         if options.breaker is not None:
             self.circuit = Circuit(
                 options.breaker, clock, hold=lambda: self._hold("breaker"), go_on=lambda: self._go_on("breaker"),
-                told=self._tell,
+                told=parking.tell,
             )  # fmt: skip
         self._draining = False
         self._broken = False
@@ -168,10 +165,6 @@ class Consumer:
         if not self._held:
             self._going.set()
             self.lanes.resume()
-
-    def _tell(self, opens: bool, reason: str) -> None:  # noqa: FBT001 - the circuit's
-        kind: FactKind = "paused" if opens else "resumed"
-        self._hooks.emit(Fact(kind, self.subscription.name, self.subscription.channel.name, reason=reason))
 
     # --- receiving ---
 

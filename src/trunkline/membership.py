@@ -113,12 +113,12 @@ class Membership:
         while engine.failure is None:
             await engine.clock.sleep(min(1.0, engine.lease_s * 0.1))
             now = engine.clock.now()
-            gone = gone + 1 if self._is_gone() else 0
-            if gone > 1:  # one look may have failed
-                what = f"{engine.path} was deleted or replaced under process {engine.process}"
-                engine.cannot_read(FatalStoreError("E515", what, "stop all its services before you touch the file"))
-                return
             try:
+                gone = gone + 1 if self._is_gone() else 0
+                if gone > 1:  # one look may have failed
+                    what = f"{engine.path} was deleted or replaced under process {engine.process}"
+                    engine.cannot_read(FatalStoreError("E515", what, "stop all its services before you touch the file"))
+                    return
                 if now - last_beat > engine.lease_s * 0.3:
                     last_beat = now
                     await engine.run(lambda connection, at=now: self._beat(connection, at))  # type: ignore[misc]

@@ -14,7 +14,7 @@ from functools import partial
 
 from trunkline.clock import Clock
 from trunkline.errors import TransportError
-from trunkline.hooks import Fact, Hooks
+from trunkline.hooks import Fact, FactKind, Hooks
 from trunkline.outcome import Outcome, RetryLater
 from trunkline.store import Store, parked_change
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
@@ -65,9 +65,9 @@ class Parking:
         if self._room.is_set():
             return
         reason = f"{self._total} messages are parked, the limit is {self._limit}"
-        self._emit("paused", reason)
+        self.tell("paused", reason)
         await self._room.wait()
-        self._emit("resumed", f"{self._total} messages are parked")
+        self.tell("resumed", f"{self._total} messages are parked")
 
     def notify(self) -> None:
         """Look at the store again: another process may have changed it."""
@@ -155,6 +155,7 @@ class Parking:
             await self._run(found)
         return next_due
 
-    def _emit(self, kind: str, reason: str) -> None:
+    def tell(self, kind: FactKind, reason: str) -> None:
+        """Tell observers that the subscription pauses or goes on."""
         subscription = self._subscription
-        self._hooks.emit(Fact(kind, subscription.name, subscription.channel.name, reason=reason))  # type: ignore[arg-type]
+        self._hooks.emit(Fact(kind, subscription.name, subscription.channel.name, reason=reason))

@@ -6,7 +6,7 @@ Invariant: a Unit is committed as a whole or not at all. Read next: delivery.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -75,6 +75,15 @@ def parked_change(delivery: Delivery, outcome: Outcome) -> int:
     """Return by how much an outcome changes the number of parked or held messages of the delivery's key."""
     adds = isinstance(outcome, RetryLater) or (isinstance(outcome, DeadLetter) and outcome.holds)
     return int(adds) - int(delivery.row != LIVE)
+
+
+def with_submitted(keys: dict[str, int], units: Iterable[Unit], subscription: Subscription) -> dict[str, int]:
+    """Return how many are parked or held of each key, with what units change that were submitted during the reading."""
+    for unit in units:
+        for delivery in unit.deliveries:
+            if delivery.subscription is subscription and delivery.partition >= 0 and delivery.key is not None:
+                keys[delivery.key] = keys.get(delivery.key, 0) + parked_change(delivery, unit.outcome)
+    return {key: count for key, count in keys.items() if count > 0}
 
 
 def resolve(future: asyncio.Future[None], unit: Unit, error: BaseException | None) -> None:

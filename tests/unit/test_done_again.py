@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from trunkline import Stream
 from trunkline.consumer import Consumer
 from trunkline.handler import Options
-from trunkline.hooks import Hooks
 from trunkline.transport import Delivery, Subscription
 
 numbers = Subscription("reader", Stream("done-again"))
@@ -47,7 +46,6 @@ async def test_what_is_done_again_is_forgotten_where_its_partition_was_lost():
     consumer = Consumer(
         numbers, Options(), batch=False, transport=transport, store=None, clock=SimpleNamespace(sleep=no_wait),
         parking=parking, shared=False, alone=asyncio.Lock(), failed=lambda _error: None,
-        hooks=Hooks(),
     )  # fmt: skip
     added = []
     consumer.lanes = SimpleNamespace(still=lambda: no_wait(0), add_first=added.extend, resume=lambda: None)

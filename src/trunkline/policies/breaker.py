@@ -8,7 +8,7 @@ Source: the circuit breaker of M. Nygard, Release It!, 2007.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -45,7 +45,7 @@ class Circuit:
 
     Args:
         hold: begin nothing more. go_on: begin again.
-        told: what to say of it, and whether it opens.
+        told: `paused` or `resumed`, and why.
 
     Attributes:
         is_open: whether too many failed and none was handled since.
@@ -58,7 +58,7 @@ class Circuit:
         *,
         hold: Callable[[], None],
         go_on: Callable[[], None],
-        told: Callable[[bool, str], None],
+        told: Callable[[Literal["paused", "resumed"], str], None],
     ) -> None:
         self.is_open = False
         self._breaker = breaker
@@ -94,7 +94,7 @@ class Circuit:
             self._hold()
             self._timer = self._clock.call_later(breaker.pause_s, self._try_one)
             self._told(
-                True,  # noqa: FBT003
+                "paused",
                 f"{len(self._failed)} messages failed and none was handled between, the last with {describe(error)};"
                 f" one is tried every {breaker.pause_s:g} s",
             )
@@ -110,7 +110,7 @@ class Circuit:
         self._failed.clear()
         if self.is_open:
             self.stop()
-            self._told(False, "a message was handled")  # noqa: FBT003
+            self._told("resumed", "a message was handled")
             self._go_on()
 
     def stop(self) -> None:

@@ -26,7 +26,7 @@ from trunkline.store import (
     OutboxRow,
     Transaction,
     Unit,
-    parked_change,
+    with_submitted,
 )
 from trunkline.stores.postgres.letters import Letters, lane_of, no_dead_letter
 from trunkline.stores.postgres.tables import (
@@ -393,12 +393,7 @@ class PostgresStore:
             for key, partition, count in rows:
                 if owns(partition):
                     keys[key] = keys.get(key, 0) + count
-            # What was submitted while the rows were read is not among them.
-            for unit in self.engine.uncommitted():
-                for delivery in unit.deliveries:
-                    if delivery.subscription is subscription and delivery.partition >= 0 and delivery.key is not None:
-                        keys[delivery.key] = keys.get(delivery.key, 0) + parked_change(delivery, unit.outcome)
-            into({key: count for key, count in keys.items() if count > 0})
+            into(with_submitted(keys, self.engine.uncommitted(), subscription))
 
         await self.engine.look(load)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.clock import Clock
 from trunkline.errors import FatalStoreError, StoreFullError, TransportError
-from trunkline.store import DeadLetterRow, OutboxRow, Transaction, Unit, parked_change, resolve
+from trunkline.store import DeadLetterRow, OutboxRow, Transaction, Unit, resolve, with_submitted
 from trunkline.stores.memory import MemoryStore
 from trunkline.testing.simulator.tables import Tables
 from trunkline.testing.simulator.transport import world_of
@@ -327,15 +327,9 @@ class SimulatedStore:
     ) -> None:
         """See Store."""
         await self._written()
-
-        def with_submitted(keys: dict[str, int]) -> None:
-            for unit in self._group:  # while what came before was written
-                for delivery in unit.deliveries:
-                    if delivery.subscription is subscription and delivery.partition >= 0 and delivery.key is not None:
-                        keys[delivery.key] = keys.get(delivery.key, 0) + parked_change(delivery, unit.outcome)
-            into({key: count for key, count in keys.items() if count > 0})
-
-        await self._kept.load_parked(subscription, owns, with_submitted)
+        await self._kept.load_parked(
+            subscription, owns, lambda keys: into(with_submitted(keys, self._group, subscription))
+        )
 
     async def parked_due(
         self, subscription: Subscription, owns: Callable[[int], bool], now: float, limit: int, running: set[str]
