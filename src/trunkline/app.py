@@ -28,7 +28,7 @@ from trunkline.inspection import RUN_ON_IT, left_over
 from trunkline.outbox import Relay
 from trunkline.parking import Parking
 from trunkline.policies.retry import describe
-from trunkline.service import Background, Service, System
+from trunkline.service import Background, Service, System, as_system
 from trunkline.store import INBOX_WINDOW_S, Store, Unit, dead_letter_queue, resolve
 from trunkline.tasks import spawn
 from trunkline.transport import Backlog, Staged, Subscription, Transport, load_adapter, parse_address
@@ -52,6 +52,7 @@ class App:
         store: URL; default: the transport's own database.
         clock: another one in tests.
         grace_s: how long a stop waits for handlers, in seconds.
+    Raises: DefinitionError E112 for what is neither; ConfigurationError for a URL that says nothing known.
 
     Use it as an async context manager (started inside, stopped at the end), or call `run`.
     """
@@ -65,7 +66,7 @@ class App:
         clock: Clock = system_clock,
         grace_s: float = GRACE_S,
     ) -> None:
-        self.system = System(system.name, [system]) if isinstance(system, Service) else system
+        self.system = as_system(system)
         self.hooks = Hooks()
         self.clock = clock
         self._grace_s = grace_s

@@ -266,7 +266,7 @@ class Consumer:
     async def _without_known(self, batch: list[Delivery], candidates: list[Delivery]) -> list[Delivery]:
         """Acknowledge those of `candidates` that were handled before; return the rest of `batch`."""
         for delivery in candidates:
-            if delivery.message is None:
+            if delivery.message is None and delivery.unread is None:
                 self._read_envelope(delivery)
         if not self._store.remembers:
             return batch

@@ -194,6 +194,8 @@ class Deliverer:
     def _known_outcome(self, delivery: Delivery) -> Outcome | None:
         """Return the outcome of what is not to be run: unreadable, expired, or behind a parked message."""
         message = delivery.message
+        if delivery.unread is not None:
+            return DeadLetter(*delivery.unread)
         if message is None:
             try:
                 delivery.message = message = unpack(delivery.raw)  # type: ignore[arg-type]

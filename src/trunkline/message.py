@@ -112,8 +112,9 @@ def checked(message: Message) -> Message:
     Raises: PublishError E307 if one has not.
     """
     try:
-        if not message.id:
-            raise ValueError("id is empty")  # noqa: TRY301 - one refusal for all of them
+        for name in ("id", "type", "source"):
+            if not getattr(message, name):
+                raise ValueError(f"{name} is empty")  # noqa: TRY301 - one refusal for all of them
         unpack(pack(message))
         _check_values(message)
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:

@@ -202,7 +202,7 @@ class System:
     Args:
         name: of the system.
         services: each with a name of its own.
-    Raises: DefinitionError E112 for two services of one name, or none at all.
+    Raises: DefinitionError E112 for two services of one name, none at all, or what is no Service.
     """
 
     def __init__(self, name: str, services: Iterable[Service]) -> None:
@@ -211,6 +211,11 @@ class System:
         self.services = list(services)
         if not self.services:
             raise DefinitionError("E112", f"system {name!r} has no services", "give it at least one")
+        for given in self.services:
+            if not isinstance(given, Service):
+                raise DefinitionError(
+                    "E112", f"system {name!r} has {given!r}, which is no Service", "write Service(...)"
+                )
         names = [service.name for service in self.services]
         for service in names:
             if names.count(service) > 1:
@@ -353,3 +358,15 @@ def _name(cls: Any) -> str:
 
 def _names(classes: Iterable[Any]) -> str:
     return ", ".join(sorted(_name(cls) for cls in classes)) or "nothing"
+
+
+def as_system(given: System | Service) -> System:
+    """Return a System; of a Service one with just that.
+
+    Raises: DefinitionError E112 for anything else.
+    """
+    if isinstance(given, Service):
+        return System(given.name, [given])
+    if not isinstance(given, System):
+        raise DefinitionError("E112", f"{given!r} is to run", "give a Service, or System('shop', [payment, mail])")
+    return given

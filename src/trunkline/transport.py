@@ -72,6 +72,7 @@ class Delivery(msgspec.Struct, eq=False, gc=False):
         row: the parked row it comes from, or LIVE.
         suspect: it may have been in a handler when a process died.
         fresh: it cannot have been handled before, so the inbox need not be asked.
+        unread: code and text of why `raw` is no message, from an adapter that has tried to read it.
     """
 
     subscription: Subscription
@@ -84,6 +85,7 @@ class Delivery(msgspec.Struct, eq=False, gc=False):
     row: int = LIVE
     suspect: bool = False
     fresh: bool = False
+    unread: tuple[str, str] | None = None
 
 
 class Staged(msgspec.Struct, frozen=True, gc=False):

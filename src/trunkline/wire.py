@@ -105,6 +105,11 @@ def decode(body: bytes, headers: Callable[[], Mapping[str, str]], plain: Plain |
         return _decode_slowly(body, headers(), plain)
 
 
+def why_unread(error: DecodeError) -> tuple[str, str]:
+    """Return code and text of what `decode` refused, as a Delivery tells them."""
+    return error.code, f"{error.message}; {error.hint}" if error.hint else error.message
+
+
 def _decode_slowly(body: bytes, headers: Mapping[str, str], plain: Plain | None) -> Message:
     if len(body) > MAX_WIRE_BYTES:
         raise DecodeError("E416", f"message of {len(body)} bytes", f"at most {MAX_WIRE_BYTES} are read")

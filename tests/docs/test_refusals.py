@@ -144,6 +144,8 @@ CASES = [
     ),
     ("E112", "a system without services", "System('shop', [])"),
     ("E112", "two services of one name", "System('shop', [payment, Service('payment')])"),
+    ("E112", "a system of what is no service", "System('shop', ['payment'])"),
+    ("E112", "an App of several services", "App([payment, mail], 'memory:')"),
     ("E112", "a service that is not in the system", "System('shop', [payment, mail]).only(['pay'])"),
     ("E113", "a name that some transport could not carry", "Queue('Mail Jobs')"),
     ("E114", "types of two channels", "@payment.handle\nasync def charge(event: OrderPlaced | StockLow) -> None: ..."),

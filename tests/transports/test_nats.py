@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import nats
 import pytest
+from nats.js.api import DiscardPolicy
 
 from tests.brokers import broker_url, certificate, kill, resume
 from trunkline.channel import Queue, Stream, Topic
@@ -251,6 +252,26 @@ async def test_what_is_too_large_is_refused_with_the_limit(url):
         with pytest.raises(PublishError, match=r"E313 .*takes 1048576") as caught:
             await transport.send([large])
     assert caught.value.unsent == [large]
+
+
+async def test_a_stream_that_takes_no_more_is_named_when_the_time_is_over(server):
+    url = f"{broker_url('nats')}?timeout_s=1&prefix=t{time.time_ns()}"
+    stream, other = Stream("log", partitions=1), Queue("jobs")
+    async with started(url, channels=[stream, other]) as transport:
+        await transport.send([staged(stream, 1)])
+        found = await server.jetstream().streams_info()
+        limited = next(info.config for info in found if info.config.name.endswith("log") and info.state.messages)
+        limited.discard, limited.max_msgs = DiscardPolicy.NEW, 1
+        await server.jetstream().update_stream(limited)
+        late, later = staged(stream, 2), staged(other, 3)
+        results = await asyncio.gather(transport.send([late]), transport.send([later]), return_exceptions=True)
+        assert str(results[0]).startswith("E502")
+        assert "maximum messages" in str(results[0])
+        assert results[1] is None
+        assert results[0].unsent == [late]
+        limited.max_msgs = 10
+        await server.jetstream().update_stream(limited)
+        await transport.send([late])
 
 
 async def test_the_same_id_is_stored_once_but_for_each_tenant(url):

@@ -27,6 +27,7 @@ from trunkline.transports.rabbitmq.names import Declarer, Names
 from trunkline.transports.rabbitmq.queue_reader import Unacked, read_message
 from trunkline.transports.rabbitmq.stream_reader import offset_of
 from trunkline.transports.rabbitmq.tokens import Token, Tokens
+from trunkline.wire import MAX_WIRE_BYTES
 
 FAULTY = "rabbitmq@faults"
 YOUNG = "rabbitmq@young"
@@ -377,6 +378,20 @@ async def test_a_message_larger_than_the_broker_takes_is_refused_alone(prefix):
     await transport.stop()
 
 
+async def test_a_message_larger_than_a_reader_takes_is_refused_alone(url):
+    queue = Queue("orders")
+    reader = Subscription("orders", queue)
+    async with opened(url, reader) as transport:
+        large = staged(queue, 2, data=b'"%s"' % (b"x" * MAX_WIRE_BYTES))
+        results = await asyncio.gather(
+            transport.send([staged(queue, 1)]), transport.send([staged(queue, 3), large]), return_exceptions=True
+        )
+        assert results[0] is None
+        assert str(results[1]).startswith("E313")
+        assert results[1].unsent == [large]
+        assert subjects(await received(transport, reader, 2)) == [1, 3]
+
+
 async def test_a_message_of_many_frames_arrives_whole(url):
     queue = Queue("orders")
     reader = Subscription("orders", queue)
@@ -525,7 +540,10 @@ def test_the_position_is_found_whatever_the_other_headers_are():
     offset = b"\x0fx-stream-offsetl" + (7).to_bytes(8, "big")
     broken = b"\xff\xff\xff\xff\xffnonsense" + offset
     assert offset_of(Arrived(b"s", 1, False, 1 << 13, broken, b"")) == 7
-    assert read_message(Arrived(b"s", 1, False, 1 << 13, broken, b"x"), None, "log", "", 0.0) is None
+    message, (code, why) = read_message(Arrived(b"s", 1, False, 1 << 13, broken, b"x"), None, "log", "", 0.0)
+    assert message is None
+    assert code == "E400"
+    assert "properties" in why
 
 
 # --- receiving ---

@@ -20,7 +20,7 @@ from trunkline.cli.publish import fields_of
 from trunkline.cli.terminal import printable
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, DeadLetterError, DecodeError
-from trunkline.message import JSON, Message, pack, read_packed, unpack
+from trunkline.message import JSON, Message, checked, pack, read_packed, unpack
 from trunkline.store import DeadLetterRow
 
 
@@ -36,7 +36,8 @@ class Change(msgspec.Struct, frozen=True):
 def edited(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]:
     """Return the new envelope and what is different, one line each.
 
-    Raises: DeadLetterError E602 if the payload is no JSON, E603 if an unreadable envelope lacks type or data.
+    Raises: DeadLetterError E602 if the payload is no JSON, E603 if an unreadable envelope lacks type or data;
+        PublishError E307 for an attribute that cannot be, such as an empty type.
     """
     old = read_packed(row.raw)
     if change.data is not None and (old is None or old.datacontenttype == JSON):
@@ -53,7 +54,7 @@ def edited(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]:
     lines = [f"{name}: {getattr(old, name)} -> {value}" for name, value in values.items() if name != "data"]
     if "data" in values:
         lines += difference(_value(old.data), _value(new.data))
-    return pack(new) if values else row.raw, [printable(line, limit=300) for line in lines]
+    return pack(checked(new)) if values else row.raw, [printable(line, limit=300) for line in lines]
 
 
 def _new_envelope(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]:
@@ -67,7 +68,7 @@ def _new_envelope(row: DeadLetterRow, change: Change) -> tuple[bytes, list[str]]
         system_clock.new_id(), change.type, f"trunkline:dead-letter/{row.number}", change.data, system_clock.now(),
         partitionkey=row.key if change.key is None else change.key, schemaversion=change.schema_version or 1,
     )  # fmt: skip
-    return pack(message), [f"new envelope of type {printable(change.type)} with id {message.id}"]
+    return pack(checked(message)), [f"new envelope of type {printable(change.type)} with id {message.id}"]
 
 
 def check(row: DeadLetterRow, envelope: bytes, app: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.cli.conftest import wait_until
 from trunkline.cli.dead_edit import Change, difference, edited
-from trunkline.errors import DeadLetterError
+from trunkline.errors import DeadLetterError, PublishError
 from trunkline.message import Message, pack, read_packed
 from trunkline.store import DeadLetterRow
 
@@ -225,6 +225,12 @@ def test_an_edit_keeps_everything_else_of_the_envelope():
 def test_a_new_envelope_needs_type_and_data():
     with pytest.raises(DeadLetterError, match="E603"):
         edited(row(b"junk"), Change(b"{}"))
+
+
+@pytest.mark.parametrize("raw", [b"junk", pack(Message("i", "t", "s", b"{}", 0.0))], ids=["new", "edited"])
+def test_an_envelope_without_a_type_is_refused(raw):
+    with pytest.raises(PublishError, match="E307 .*type is empty"):
+        edited(row(raw), Change(b"{}", ""))
 
 
 def test_a_difference_of_kind_is_a_difference():

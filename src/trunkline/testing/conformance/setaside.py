@@ -151,13 +151,27 @@ async def foreign_binary_mode(bench: Bench) -> None:
 
 @core.case("foreign", "publish_foreign", "keeps")
 async def foreign_garbage_to_dlq(bench: Bench) -> None:
-    """What another program publishes and nobody can read becomes a dead letter with its bytes; the rest goes on."""
+    """What another program publishes and nobody can read becomes a dead letter with its bytes and what is wrong."""
     jobs = bench.line()
     reader = bench.reader(jobs)
     app = await bench.start(reader)
     await bench.publish_foreign(jobs, b"\xff\x00 no event", {})
+    nameless = b'{"specversion":"1.0","type":"numbered","source":"urn:other","data":{}}'
+    await bench.publish_foreign(jobs, nameless, {"content-type": "application/cloudevents+json"})
+    await bench.publish_foreign(jobs, b"old", {"specversion": "0.3", "id": "1", "type": "numbered", "source": "urn:o"})
     await app.publish(jobs.message(1))
     await bench.until(lambda: reader.seen, "the next one was not handled")
-    (letter,) = await bench.until(app.store.dead_letters, "there is no dead letter")
-    equal(letter.raw, b"\xff\x00 no event", "its bytes")
+
+    async def letters() -> dict[bytes, str]:
+        rows = await app.store.dead_letters()
+        return {row.raw: f"{row.code} {row.reason}" for row in rows} if len(rows) == 3 else {}
+
+    found = await bench.until(letters, "there are no three dead letters")
+    reasons = {
+        b"\xff\x00 no event": "E406 not a CloudEvents JSON",
+        nameless: "E403 CloudEvents attribute 'id'",
+        b"old": "E401",
+    }
+    for raw, reason in reasons.items():
+        must(found.get(raw, "").startswith(reason), f"of {raw!r} it says {found.get(raw)!r}, not {reason}")
     await bench.idle(app)

@@ -13,7 +13,7 @@ from trunkline.app import Running
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, DefinitionError, TransportError
 from trunkline.handler import make_message
-from trunkline.service import Service, System
+from trunkline.service import Service, System, as_system
 from trunkline.testing.simulator.account import expected_of
 from trunkline.testing.simulator.broker import PROFILES
 from trunkline.testing.simulator.faults import KINDS
@@ -70,7 +70,7 @@ class Simulation:
         rest_s: float = 3600.0,
     ) -> None:
         _check(broker, faults)
-        whole = System(system.name, [system]) if isinstance(system, Service) else system
+        whole = as_system(system)
         self.override = dict(override or {})
         self.system = System(whole.name, [self._simulated(service, leave_out) for service in whole.services])
         for cls in self.override:

@@ -306,7 +306,7 @@ class Reader:
             size += len(body)
             self._record = record
             raw: bytes | None = None
-            key = None
+            key = unread = None
             try:
                 message = wire.decode(body, self._headers, None if plain is None else plain_of(record, plain))
                 key = message.partitionkey
@@ -314,7 +314,7 @@ class Reader:
                     message = msgspec.structs.replace(message, partitionkey=key)
             except DecodeError as error:
                 log.debug("unreadable record on %s: %s", self.topic, error)
-                message, raw = None, body
+                message, raw, unread = None, body, wire.why_unread(error)
             offset: int = record.offset()
             if offset < place.committed:
                 place = self._begin_again(number, offset)
@@ -322,11 +322,13 @@ class Reader:
             if place.suspects:
                 place.suspects -= 1
                 suspect = offset < place.until
+            position, partition = (offset, number) if is_stream else (number << SHIFT | offset, -1)
             deliveries.append(
-                Delivery(subscription, message, raw, key, offset, number, 0, LIVE, suspect)
-                if is_stream
-                else Delivery(subscription, message, raw, key, number << SHIFT | offset, -1, 0, LIVE, suspect)
-            )
+                Delivery(
+                    subscription, message, raw, key, position, partition,
+                    0, LIVE, suspect, False, unread,  # noqa: FBT003 - positional for speed
+                )
+            )  # fmt: skip
         if deliveries:
             self._state.works()
             self._average += 0.2 * (size / len(deliveries) + 1 - self._average)

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from trunkline.channel import Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError, TrunklineError
 from trunkline.message import Message
 from trunkline.transport import Staged
 from trunkline.transports.nats.connection import Connection
-from trunkline.wire import CONTENT_TYPE, encode
+from trunkline.wire import CONTENT_TYPE, MAX_WIRE_BYTES, encode
 
 log = logging.getLogger("trunkline.transport.nats")
 
@@ -41,15 +42,21 @@ _HEAD_SIZE = len("NATS/1.0\r\nNats-Msg-Id: ") + len(_TAIL) + len("\r\n")
 
 
 class _Batch:
-    """What one caller waits for."""
+    """What one caller waits for.
 
-    __slots__ = ("deadline", "future", "left", "sent")
+    Attributes:
+        refusal: what to tell when its time is over: why the server did not take what was last sent; None if that is
+            on its way.
+    """
+
+    __slots__ = ("deadline", "future", "left", "refusal", "sent")
 
     def __init__(self, future: asyncio.Future[None], left: int, deadline: float) -> None:
         self.future = future
         self.left = left
         self.deadline = deadline
         self.sent = False
+        self.refusal: TransportError | None = None
 
 
 class _Entry:
@@ -101,7 +108,7 @@ class Publisher:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         batch = _Batch(future, len(items), self._clock.monotonic() + self._timeout_s)
-        largest = self._connection.max_payload
+        largest = min(self._connection.max_payload, MAX_WIRE_BYTES)
         made = []
         for subject, staged in items:
             self._token += 1
@@ -139,6 +146,7 @@ class Publisher:
             if entry is None:
                 continue
             entry.batch.sent = True
+            entry.batch.refusal = None
             self._flying += 1
             self._flying_bytes += len(entry.command)
             out.append(entry.command)
@@ -169,23 +177,30 @@ class Publisher:
         """Send it again where that helps, else tell its caller."""
         error = {} if headers is not None else msgspec.json.decode(data).get("error") or {}
         code, text = error.get("err_code", 0), error.get("description", "nobody keeps its subject")
-        name = entry.staged.channel.name
-        if headers is not None or code in LATER or error.get("code") in {429, 503}:
+        channel, shown = entry.staged.channel, self._connection.shown
+        name = channel.name
+        full = None
+        if code in FULL:
+            full = StoreFullError("E502", f"{shown} has no room for {name!r}: {text}", "make room, or raise its limits")
+        if full is not None and not isinstance(channel, Stream):
+            # What follows has no order with it, and may go to a channel with room.
+            self._fail(entry.batch, full)
+            return
+        if full is not None or headers is not None or code in LATER or error.get("code") in {429, 503}:
             # No leader, a stream that is being recovered, too much at once. All that follows waits, for the order.
-            log.debug("%s: %r again in %g s: %s", self._connection.shown, name, AGAIN_S, text)
+            log.debug("%s: %r again in %g s: %s", shown, name, AGAIN_S, text)
+            hint = "see the server's log"
+            entry.batch.refusal = full or TransportError("E520", f"{shown} takes no message to {name!r}: {text}", hint)
             if not self._again:
                 self._clock.call_later(AGAIN_S, self._retry)
             self._again.append(token)
             return
-        failure: TrunklineError
         if code == TOO_LARGE:
             failure = PublishError("E313", f"message to {name!r} is too large for its stream: {text}", "send less")
-        elif code in FULL:
-            failure = StoreFullError("E502", f"{self._connection.shown} has no room for {name!r}: {text}", "make room")
         else:
             failure = PublishError(
                 "E313",
-                f"{self._connection.shown} refuses a message to {name!r}: {text}",
+                f"{shown} refuses a message to {name!r}: {text}",
                 "see the limits of its stream",
             )
         self._fail(entry.batch, failure)
@@ -222,16 +237,13 @@ class Publisher:
             if batch.deadline > now:
                 break  # the oldest come first, and all wait equally long
             link = self._connection.link
-            self._fail(
-                batch,
-                TransportError(
-                    "E521",
-                    f"{self._connection.shown} did not confirm within {self._timeout_s:g} s; it may have the message",
-                    "send it again under the same id",
-                )
-                if batch.sent or link.is_up
-                else link.unreachable(self._timeout_s),
-            )
+            if batch.refusal is not None:
+                self._fail(batch, batch.refusal)
+            elif batch.sent or link.is_up:
+                what = f"{self._connection.shown} did not confirm within {self._timeout_s:g} s; it may have the message"
+                self._fail(batch, TransportError("E521", what, "send it again under the same id"))
+            else:
+                self._fail(batch, link.unreachable(self._timeout_s))
         if self._entries:
             self._clock.call_later(min(1.0, self._timeout_s / 10), self._expire)
         else:
@@ -271,7 +283,7 @@ class Publisher:
     ) -> PublishError:
         return PublishError(
             "E313", f"message to {staged.channel.name!r} has {size} bytes with its envelope; {self._connection.shown}"
-            f" takes {largest}", "send less, or raise max_payload of the server",
+            f" takes {largest}", f"send less, or raise max_payload of the server (up to {MAX_WIRE_BYTES})",
             unsent=[one for _, one in items],
         )  # fmt: skip
 

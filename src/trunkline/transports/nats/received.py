@@ -10,7 +10,7 @@ from trunkline.errors import DecodeError
 from trunkline.message import Message
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.nats.connection import parse_headers
-from trunkline.wire import Plain, decode
+from trunkline.wire import Plain, decode, why_unread
 
 
 def delivery(
@@ -22,26 +22,20 @@ def delivery(
     Args:
         moment: nanoseconds since the epoch at which the server stored it.
     """
-    raw: bytes | None = None
-    message: Message | None
     try:
-        message = decode(data, lambda: parse_headers(headers))
-    except DecodeError:
-        message = _plain(subscription, position, moment, data, headers)
-        if message is None:
-            raw = data
-    key = None if message is None else message.partitionkey
-    return Delivery(subscription, message, raw, key, position, partition, 0, LIVE, suspect)
+        message = _read(subscription, position, moment, data, headers)
+    except DecodeError as error:
+        unread = why_unread(error)
+        return Delivery(subscription, None, data, None, position, partition, suspect=suspect, unread=unread)
+    return Delivery(subscription, message, None, message.partitionkey, position, partition, 0, LIVE, suspect)
 
 
-def _plain(
-    subscription: Subscription, position: int, moment: bytes, data: bytes, headers: bytes | None
-) -> Message | None:
-    channel = subscription.channel
-    if channel.plain is None:
-        return None
-    plain = Plain(channel.plain, f"nats:{channel.name}", f"{channel.name}:{position}:{int(moment)}", int(moment) / 1e9)
+def _read(subscription: Subscription, position: int, moment: bytes, data: bytes, headers: bytes | None) -> Message:
     try:
-        return decode(data, lambda: parse_headers(headers), plain)
+        return decode(data, lambda: parse_headers(headers))
     except DecodeError:
-        return None
+        channel = subscription.channel
+        if channel.plain is None:
+            raise
+    source, identity, seconds = f"nats:{channel.name}", f"{channel.name}:{position}:{int(moment)}", int(moment) / 1e9
+    return decode(data, lambda: parse_headers(headers), Plain(channel.plain, source, identity, seconds))

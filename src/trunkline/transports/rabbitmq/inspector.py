@@ -221,5 +221,5 @@ class RabbitmqInspector:
 
 def _seen(arrived: Arrived, channel: Channel) -> Seen:
     position = offset_of(arrived) if isinstance(channel, Stream) else arrived.tag
-    message = read_message(arrived, channel.plain, channel.name, id_of(channel.name, position, arrived.body), 0.0)
+    message, _ = read_message(arrived, channel.plain, channel.name, id_of(channel.name, position, arrived.body), 0.0)
     return Seen(position, message, arrived.body if message is None else b"")

@@ -30,7 +30,7 @@ from trunkline.transports.rabbitmq.client import (
     Channel,
     Returned,
 )
-from trunkline.wire import CONTENT_TYPE
+from trunkline.wire import CONTENT_TYPE, MAX_WIRE_BYTES
 
 log = logging.getLogger("trunkline.rabbitmq")
 
@@ -178,10 +178,13 @@ class Publisher:
         for message in todo:
             if message.group.done.done():
                 continue
-            tag += 1
-            self._under_way[tag] = message
             body = message.body
             size = len(body)
+            if size > MAX_WIRE_BYTES:
+                self._refuse(message)
+                continue
+            tag += 1
+            self._under_way[tag] = message
             head = _HEADER(2, _CHANNEL, len(message.properties) + 11, 60, 0, size)
             if size <= self._part_bytes:
                 parts += (message.route.head, head, message.properties, _BODY(3, _CHANNEL, size), body, _END)
@@ -189,6 +192,12 @@ class Publisher:
                 parts += (message.route.head, head, message.properties, *self._cut(body))
         self._tag = tag
         self._channel.connection.write(b"".join(parts))
+
+    def _refuse(self, message: Outgoing) -> None:
+        """Refuse what no reader takes, though the broker would."""
+        size, shown = len(message.body), message.route.shown
+        message.error = PublishError("E313", f"a message for {shown} has {size} bytes", f"at most {MAX_WIRE_BYTES} fit")
+        self._ended(message, taken=False)
 
     def _cut(self, body: bytes) -> Iterable[bytes]:
         for start in range(0, len(body), self._part_bytes):

@@ -18,7 +18,7 @@ from trunkline.inflow import Inflow
 from trunkline.message import Message
 from trunkline.transport import Delivery, Subscription
 from trunkline.transports.rabbitmq.client import Arrived, Channel, Connection
-from trunkline.wire import Plain, decode
+from trunkline.wire import Plain, decode, why_unread
 
 log = logging.getLogger("trunkline.rabbitmq")
 
@@ -54,20 +54,22 @@ def _plain(properties: Any, kind: str, source: str, fallback: str, now: float) -
     return Plain(kind, source, properties.message_id or fallback, seconds)
 
 
-def read_message(arrived: Arrived, kind: str | None, source: str, fallback: str, now: float) -> Message | None:
-    """Return the message that came, or None if it is none.
+def read_message(
+    arrived: Arrived, kind: str | None, source: str, fallback: str, now: float
+) -> tuple[Message | None, tuple[str, str] | None]:
+    """Return the message that came, or None and why it is none.
 
     Args:
         kind: type of what is no CloudEvent, or None to refuse it. fallback: id of such a message if it has none.
     """
     try:
         plain = None if kind is None else _plain(arrived.decoded(), kind, source, fallback, now)
-        return decode(arrived.body, lambda: _headers(arrived.decoded()), plain)
-    except DecodeError:
-        return None
+        return decode(arrived.body, lambda: _headers(arrived.decoded()), plain), None
+    except DecodeError as error:
+        return None, why_unread(error)
     except Exception as error:  # noqa: BLE001 - any bytes may be in the properties, and none may end the connection
         log.warning("a message of %s has properties that cannot be read: %r", source, error)
-        return None
+        return None, ("E400", f"not an envelope: its properties cannot be read: {error!r}")
 
 
 class Unacked:
@@ -151,7 +153,7 @@ class QueueReader:
         for arrived in batch:
             # Without an id of its own nothing tells a second delivery from another message: it is taken for one.
             fallback = "" if kind is None else self._clock.new_id()
-            message = read_message(arrived, kind, self.queue, fallback, now)
+            message, unread = read_message(arrived, kind, self.queue, fallback, now)
             deliveries.append(
                 Delivery(
                     subscription,
@@ -160,6 +162,7 @@ class QueueReader:
                     None if message is None else message.partitionkey,
                     base + arrived.tag,
                     suspect=arrived.again,
+                    unread=unread,
                 )
             )
         self._unacked.take(arrived.tag for arrived in batch)

@@ -316,7 +316,7 @@ class StreamReader:
         for arrived in batch:
             position = part.base + offset_of(arrived)
             fallback = "" if kind is None else id_of(log_name, position, arrived.body)
-            message = read_message(arrived, kind, log_name, fallback, now)
+            message, unread = read_message(arrived, kind, log_name, fallback, now)
             positions.append(position)
             deliveries.append(
                 Delivery(
@@ -327,6 +327,7 @@ class StreamReader:
                     position,
                     number,
                     suspect=position < suspect,
+                    unread=unread,
                 )
             )
         part.came(positions)

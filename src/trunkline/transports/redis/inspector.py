@@ -163,7 +163,7 @@ class RedisInspector:
             page = await self._page(after, block_ms=0)
             for stream, entry_id, fields in page:
                 after[stream] = entry_id
-                message, raw = read_entry(stream, entry_id, fields, getattr(channel, "plain", None))
+                message, raw, _ = read_entry(stream, entry_id, fields, getattr(channel, "plain", None))
                 yield Seen(positions.of(entry_id), message, raw or b"")
             if not page and not follow:
                 return

@@ -13,7 +13,7 @@ from trunkline.channel import Channel, Queue, Stream
 from trunkline.errors import DecodeError
 from trunkline.message import Message
 from trunkline.transport import Subscription
-from trunkline.wire import Plain, decode
+from trunkline.wire import Plain, decode, why_unread
 
 FIELD = b"e"
 """The one field of an entry that Trunkline writes: a CloudEvent in its JSON format."""
@@ -103,8 +103,8 @@ class Positions:
 
 def read_entry(
     stream: bytes, entry_id: bytes, fields: Fields, plain: str | None
-) -> tuple[Message | None, bytes | None]:
-    """Return the message of an entry, or None and its bytes when it is none that this channel takes.
+) -> tuple[Message | None, bytes | None, tuple[str, str] | None]:
+    """Return the message of an entry, or None, its bytes and why it is none that this channel takes.
 
     Args:
         plain: CloudEvents type of entries that are no events, or None.
@@ -112,9 +112,9 @@ def read_entry(
     if len(fields) == 2 and fields[0] == FIELD:  # noqa: PLR2004 - a name and a value
         body = fields[1]
         try:
-            return decode(body, dict), None
-        except DecodeError:
-            return None, body
+            return decode(body, dict), None, None
+        except DecodeError as error:
+            return None, body, why_unread(error)
     found = {name.decode("utf-8", "replace"): value for name, value in zip(fields[::2], fields[1::2], strict=False)}
     name = next((name for name in ("e", *BODIES) if name in found), next(iter(found), ""))
     body = found.pop(name, b"")
@@ -123,9 +123,9 @@ def read_entry(
     identity = f"{source}/{entry_id.decode()}"
     taken = None if plain is None else Plain(plain, source, identity, min(ms / 1000, 253402300799.0))
     try:
-        return decode(body, partial(_headers, found), taken), None
-    except DecodeError:
-        return None, body
+        return decode(body, partial(_headers, found), taken), None, None
+    except DecodeError as error:
+        return None, body, why_unread(error)
 
 
 def _headers(found: Mapping[str, bytes]) -> dict[str, str]:

@@ -75,10 +75,15 @@ class QueueReader(Reader):
                 continue  # it never left this process
             while position in under_way:
                 position = (position + 1) & MAX_POSITION  # an id of another program's making
-            message, raw = read_entry(stream, entry_id, fields, plain)
+            message, raw, unread = read_entry(stream, entry_id, fields, plain)
             key = None if message is None else message.partitionkey
             under_way[position] = entry_id
-            deliveries.append(Delivery(subscription, message, raw, key, position, -1, 0, LIVE, suspect))
+            deliveries.append(
+                Delivery(
+                    subscription, message, raw, key, position, -1,
+                    0, LIVE, suspect, False, unread,  # noqa: FBT003 - positional for speed
+                )
+            )  # fmt: skip
         if deleted:
             await self._commands.run(pack(("XACK", stream, self.group, *deleted)))
         if self._draining:

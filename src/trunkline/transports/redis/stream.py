@@ -149,10 +149,15 @@ class StreamReader(Reader):
         stream, number, bound, position_of = state.stream, state.number, state.bound, state.positions.of
         deliveries = []
         for entry_id, fields in entries:
-            message, raw = read_entry(stream, entry_id, fields or (), plain)
+            message, raw, unread = read_entry(stream, entry_id, fields or (), plain)
             key = None if message is None else message.partitionkey
             position = position_of(entry_id)
-            deliveries.append(Delivery(subscription, message, raw, key, position, number, 0, LIVE, position <= bound))
+            deliveries.append(
+                Delivery(
+                    subscription, message, raw, key, position, number,
+                    0, LIVE, position <= bound, False, unread,  # noqa: FBT003 - positional for speed
+                )
+            )  # fmt: skip
         return deliveries
 
     async def receive(self, limit: int) -> list[Delivery]:
