@@ -1,7 +1,8 @@
 """The relay: sends what was staged in the outbox, when it is due.
 
 Invariant: a row is forgotten only after the broker has confirmed its message; a crash in between sends the same
-message id again, which the receiver's inbox absorbs. Rows leave in order.
+message id again, which the receiver's inbox absorbs. Rows of a channel leave in order; a channel without room holds
+back no other.
 Read next: store.py.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, PublishError, TrunklineError
+from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TrunklineError
 from trunkline.store import OutboxRow, Store
 from trunkline.transport import Staged, Transport
 
@@ -39,6 +40,7 @@ class Relay:
         self._channels = channels
         self._clock = clock
         self._changed = asyncio.Event()
+        self._full: dict[str, float] = {}  # channel without room → when it is tried again
         store.on_staged(self._changed.set)
 
     async def work(self) -> None:
@@ -61,29 +63,60 @@ class Relay:
     async def flush(self) -> float | None:
         """Send what is due now; return when the next is due, or None."""
         while True:
-            rows, next_due = await self._store.outbox_due(self._channels.keys(), self._clock.now(), BATCH)
+            now = self._clock.now()
+            self._full = {channel: again for channel, again in self._full.items() if again > now}
+            rows, next_due = await self._store.outbox_due(self._channels.keys() - self._full.keys(), now, BATCH)
             if not rows:
-                return next_due
-            try:
-                await self._transport.send([self._staged(row) for row in rows])
-            except (PublishError, ConfigurationError):
-                await self._send_singly(rows)
-            else:
-                await self._store.outbox_sent([row.number for row in rows])
+                return min((due for due in (next_due, *self._full.values()) if due is not None), default=None)
+            error = await self._send(rows)
+            match error:
+                case None:
+                    pass
+                case StoreFullError():
+                    await self._send_by_channel(rows)
+                case PublishError() | ConfigurationError():
+                    await self._send_singly(rows)
+                case _:
+                    raise error
+
+    async def _send(self, rows: list[OutboxRow]) -> TrunklineError | None:
+        """Send rows and forget what the broker has confirmed; return why it did not take what is left in `rows`."""
+        batch = [self._staged(row) for row in rows]
+        error: TrunklineError | None = None
+        unsent: set[int] = set()
+        try:
+            await self._transport.send(batch)
+        except TrunklineError as refused:
+            error = refused
+            unsent.update(map(id, getattr(refused, "unsent", None) or batch))
+        sent = [row.number for row, staged in zip(rows, batch, strict=True) if id(staged) not in unsent]
+        rows[:] = [row for row, staged in zip(rows, batch, strict=True) if id(staged) in unsent]
+        if sent:
+            await self._store.outbox_sent(sent)
+        return error
+
+    async def _send_by_channel(self, rows: Sequence[OutboxRow]) -> None:
+        """Send to the channels that have room; what goes to another waits, in its order, and in nobody else's way."""
+        for channel in dict.fromkeys(row.channel for row in rows):
+            error = await self._send([row for row in rows if row.channel == channel])
+            if isinstance(error, StoreFullError):
+                log.warning("the outbox waits with %s, trying again in %.0f s: %s", channel, AGAIN_S, error)
+                self._full[channel] = self._clock.now() + AGAIN_S
+            elif error is not None:
+                raise error
 
     async def _send_singly(self, rows: Sequence[OutboxRow]) -> None:
         """Send what the broker takes; what it refuses waits, is said loudly, and stands in nobody's way."""
         for row in rows:
-            try:
-                await self._transport.send([self._staged(row)])
-            except (PublishError, ConfigurationError) as error:
-                log.error(  # noqa: TRY400 - the text says it all
+            error = await self._send([row])
+            if isinstance(error, PublishError | ConfigurationError):
+                log.error(
                     "%s refuses outbox row %d for %s, trying again in %.0f s: %s",
                     type(self._transport).__name__, row.number, row.channel, REFUSED_AGAIN_S, error,
                 )  # fmt: skip
                 await self._store.outbox_postpone([row.number], self._clock.now() + REFUSED_AGAIN_S)
-            else:
-                await self._store.outbox_sent([row.number])
+            elif error is not None:
+                raise error
 
     def _staged(self, row: OutboxRow) -> Staged:
         channel = self._channels.get(row.channel)

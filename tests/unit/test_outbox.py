@@ -1,10 +1,12 @@
 """The relay between a store and a transport that are not the same."""
 
+import json
+
 import pytest
 
 from tests.unit.rig import until
 from trunkline import App, Queue, Service, Struct
-from trunkline.errors import ConfigurationError, PublishError, TransportError
+from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError
 from trunkline.outbox import REFUSED_AGAIN_S
 
 
@@ -83,3 +85,93 @@ async def test_while_the_broker_does_not_answer_everything_waits_in_order(job, t
         await until(lambda: seen == [1, 2, 3])
 
     await run(service, job, tmp_path, clock, lambda _data: TransportError("E520", "down"), check)
+
+
+class Partly:
+    """A transport's `send` that takes what it can of a batch, and says what not."""
+
+    def __init__(self, transport, refuse) -> None:
+        self._send = transport.send
+        self.refuse = refuse
+        self.tried: list[int] = []
+        transport.send = self.send
+
+    async def send(self, batch) -> None:
+        self.tried += [json.loads(staged.message.data)["number"] for staged in batch]
+        refused = {id(staged): error for staged in batch if (error := self.refuse(staged)) is not None}
+        await self._send([staged for staged in batch if id(staged) not in refused])
+        if refused:
+            error = next(iter(refused.values()))
+            error.fields["unsent"] = [staged for staged in batch if id(staged) in refused]
+            raise error
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request, tmp_path):
+    return "memory:" if request.param == "memory" else f"sqlite:///{tmp_path}/store.db"
+
+
+async def relayed(service, store, clock, refuse, payloads, check) -> None:
+    async with App(service, "memory:", store=store, clock=clock) as app:
+        app.store._place = None  # a store in memory sends by itself, where the channels are in memory too
+        partly = Partly(app.transport, refuse)
+        async with app.running(service).unit_of_work() as unit:
+            for payload in payloads:
+                unit.publish(payload)
+        await check(partly)
+
+
+async def test_what_the_broker_has_confirmed_of_a_batch_that_failed_is_not_sent_again(job, store, clock):
+    seen: list[int] = []
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: job) -> None:
+        seen.append(job.number)
+
+    async def check(partly) -> None:
+        await until(lambda: seen == [1, 3])
+        partly.refuse = lambda _staged: None
+        await clock.advance(1.0)
+        await until(lambda: seen == [1, 3, 2])
+        assert partly.tried == [1, 2, 3, 2]
+
+    def refuse(staged):
+        return TransportError("E521", "not confirmed") if staged.message.data == b'{"number":2}' else None
+
+    await relayed(service, store, clock, refuse, [job(1), job(2), job(3)], check)
+
+
+async def test_a_channel_without_room_keeps_its_order_and_holds_back_no_other(job, store, clock, monkeypatch):
+    monkeypatch.setattr("trunkline.outbox.BATCH", 3)  # the first batches are all for the full one
+    small = Queue("outbox-small")
+
+    @small.command(type="small")
+    class Small(Struct):
+        number: int
+
+    seen: list[int] = []
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: job) -> None:
+        seen.append(job.number)
+
+    @service.handle
+    async def wait(job: Small) -> None:
+        seen.append(job.number)
+
+    async def check(partly) -> None:
+        await until(lambda: seen == [8, 9])
+        await clock.advance(1.0)
+        await until(lambda: partly.tried.count(1) >= 3)
+        partly.refuse = lambda _staged: None
+        await clock.advance(1.0)
+        await until(lambda: seen == [8, 9, 1, 2, 3, 4, 5])
+        assert (partly.tried.count(8), partly.tried.count(9)) == (1, 1)
+
+    def refuse(staged):
+        return StoreFullError("E502", "no room") if staged.channel is small else None
+
+    payloads = [*map(Small, range(1, 6)), job(8), job(9)]
+    await relayed(service, store, clock, refuse, payloads, check)

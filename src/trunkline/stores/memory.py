@@ -333,19 +333,25 @@ class MemoryStore:
     # --- outbox ---
 
     async def outbox_due(
-        self,
-        channels: Collection[str],  # noqa: ARG002 - one App knows all of its channels
-        now: float,
-        limit: int,
+        self, channels: Collection[str], now: float, limit: int
     ) -> tuple[list[OutboxRow], float | None]:
         """Take what is to be sent now; see Store."""
         self._take_back()
         rows: list[OutboxRow] = []
+        others = []
         while self._outbox and self._outbox[0][0] <= now and len(rows) < limit:
             item = heappop(self._outbox)
+            if item[2].channel.name not in channels:
+                others.append(item)
+                continue
             self._sending[item[1]] = item
             rows.append(OutboxRow(item[1], item[2].channel.name, item[2].message))
-        return rows, self._outbox[0][0] if self._outbox else None
+        # Any time will do where there are rows: whoever has sent them asks again.
+        waiting = [now] if rows else (due for due, _, staged in self._outbox if staged.channel.name in channels)
+        due = min(waiting, default=None)
+        for item in others:
+            heappush(self._outbox, item)
+        return rows, due
 
     def _take_back(self) -> None:
         """Let what was taken and not sent wait again: whoever asks for more has failed with it."""

@@ -229,7 +229,7 @@ def test_a_new_envelope_needs_type_and_data():
 
 @pytest.mark.parametrize("raw", [b"junk", pack(Message("i", "t", "s", b"{}", 0.0))], ids=["new", "edited"])
 def test_an_envelope_without_a_type_is_refused(raw):
-    with pytest.raises(PublishError, match="E307 .*type is empty"):
+    with pytest.raises(PublishError, match=r"E307 .*type is empty"):
         edited(row(raw), Change(b"{}", ""))
 
 
