@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from trunkline.channel import Channel
 from trunkline.errors import TransportError
@@ -44,7 +45,7 @@ class Declaring:
         self._stopped = False
 
     def stop(self) -> None:
-        """Refuse what waits for its channel: the connection ends."""
+        """Refuse what waits for its channel, and what comes now: the connection ends."""
         self._stopped = True
         if self._under_way is not None:
             self._under_way.cancel()
@@ -54,7 +55,7 @@ class Declaring:
 
         Raises: what `send` raises; also ConfigurationError E207, E246 where a channel cannot be declared.
         """
-        if not self._in_line and self._known(batch):
+        if not self._in_line and self._known(batch) and not self._stopped:
             return self._send(batch)
         turn = object()
         self._in_line.add(turn)
@@ -78,6 +79,8 @@ class Declaring:
                     error.fields["unsent"] = list(batch)
                     raise
                 self.channels |= missing
+            if self._stopped:
+                raise _late((staged.channel for staged in batch), unsent=list(batch))
             sent = self._send(batch)
             self._in_line.discard(turn)
         await sent
@@ -91,7 +94,11 @@ class Declaring:
         except asyncio.CancelledError:
             if not self._stopped:
                 raise
-            names = ", ".join(channel.name for channel in channels)
-            raise TransportError("E520", f"{names}: publishing after the stop", "publish before") from None
+            raise _late(channels) from None
         finally:
             self._under_way = None
+
+
+def _late(channels: Iterable[Channel], **fields: Any) -> TransportError:
+    names = ", ".join(dict.fromkeys(channel.name for channel in channels))
+    return TransportError("E520", f"{names}: publishing after the stop", "publish before", **fields)

@@ -48,7 +48,12 @@ class Link:
     @property
     def is_up(self) -> bool:
         """Return whether the connection stands, as far as is known."""
-        return self._up.is_set()
+        return self._up.is_set() and not self._stopped
+
+    @property
+    def has_stopped(self) -> bool:
+        """Return whether it was stopped: then there is no use in waiting for the connection."""
+        return self._stopped
 
     async def start(self, timeout_s: float) -> None:
         """Connect for the first time.
@@ -64,15 +69,15 @@ class Link:
     async def up(self, timeout_s: float) -> None:
         """Wait until the connection stands.
 
-        Raises: TransportError E520 after `timeout_s`.
+        Raises: TransportError E520 after `timeout_s`, or when the transport stops.
         """
-        if self._up.is_set():
-            return
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
             raise self.unreachable(timeout_s) from None
+        if self._stopped:
+            raise TransportError("E520", f"{self._shown} was left: the transport has stopped", "publish before")
 
     def lost(self, error: BaseException | None) -> None:
         """Say that the connection is gone: it is made again."""
@@ -124,9 +129,9 @@ class Link:
         )
 
     async def stop(self) -> None:
-        """Connect no more."""
+        """Connect no more; whoever waits for the connection is told."""
         self._stopped = True
-        self._up.clear()
+        self._up.set()
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             await asyncio.gather(self._reconnecting, return_exceptions=True)

@@ -117,6 +117,17 @@ async def test_what_waits_for_its_channel_is_refused_when_the_connection_ends():
     assert len(broker.sent) == 1
 
 
+async def test_what_comes_after_the_end_is_refused_at_once():
+    broker = Broker()
+    broker.declaring.start([imported])
+    late = staged(1)
+    broker.declaring.stop()
+    with pytest.raises(TransportError, match=r"E520 .*after the stop") as caught:
+        await broker.declaring.send([late])
+    assert caught.value.unsent == [late]
+    assert not broker.sent
+
+
 @pytest.mark.parametrize(
     "error", [TransportError("E520", "away", "wait"), ConfigurationError("E207", "other", "rename")]
 )

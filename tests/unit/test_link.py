@@ -127,6 +127,22 @@ async def test_who_needs_it_waits_up_to_a_time_and_is_told_why(clock):
     await link.stop()
 
 
+async def test_who_waits_for_it_is_told_when_it_stops(clock):
+    broker = Broker()
+    link = Link("x://host", clock, broker.connect)
+    await link.start(1)
+    broker.answers = [DOWN]
+    link.lost(None)
+    waiting = asyncio.create_task(link.up(1000))
+    await asyncio.sleep(0)
+    await link.stop()
+    with pytest.raises(TransportError, match=r"E520 .*has stopped"):
+        await waiting
+    with pytest.raises(TransportError, match=r"E520 .*has stopped"):
+        await link.up(1000)
+    assert not link.is_up
+
+
 async def test_it_is_not_made_again_after_stop(clock):
     broker = Broker()
     link = Link("x://host", clock, broker.connect)

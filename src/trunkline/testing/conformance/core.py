@@ -24,6 +24,8 @@ from trunkline.transport import Staged
 
 core = Group("core")
 ONCE = Retry(immediate=0, delays_s=())
+ENDED_S = 10.0
+"""Longest that a publish goes on after its App has stopped."""
 
 
 @core.case()
@@ -468,6 +470,8 @@ async def stop_while_publishing(bench: Bench) -> None:
     publishes = [asyncio.ensure_future(app.publish(jobs.message(number))) for number in range(1, 201)]
     await bench.clock.sleep(0)  # lets them begin
     await bench.stop(app)
+    _, pending = await asyncio.wait(publishes, timeout=ENDED_S)
+    must(not pending, f"{len(pending)} of them have neither been confirmed nor refused {ENDED_S:g} s after the stop")
     ends = await asyncio.gather(*publishes, return_exceptions=True)
     confirmed = {number for number, end in enumerate(ends, 1) if isinstance(end, str)}
     reader = bench.reader(jobs)

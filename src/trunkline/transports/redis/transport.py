@@ -261,11 +261,16 @@ class RedisTransport:
         return self._connection is not None
 
     async def until_up(self) -> None:
-        """Wait until there is a connection."""
+        """Wait until there is a connection.
+
+        Raises: TransportError E520 when the transport stops.
+        """
         while self._connection is None:
             try:
                 await self._link.up(self._server.timeout_s)
             except TransportError as error:
+                if self._link.has_stopped:
+                    raise
                 log.debug("%s", error)  # the link says it
 
     def failed(self, error: TrunklineError) -> None:
