@@ -51,7 +51,8 @@ KNOWN = {
         signed_in="nats:password@suite-faults",
     ),
     "redis": Setup(
-        "redis", "redis@suite", options="lease_s=2&timeout_s=10", setting="AOF, `appendfsync always`", signed_in="redis@suite-faults"
+        "redis", "redis@suite", options="lease_s=2&timeout_s=10", setting="AOF, `appendfsync always`",
+        signed_in="redis@suite-faults",
     ),
     "postgres": Setup(
         "postgresql", "postgres@suite", None, "lease_s=2", setting="`synchronous_commit=on`",
