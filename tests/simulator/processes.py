@@ -48,12 +48,13 @@ class SimulatedProcess:
     def send(self, number):
         if number is signal.SIGTERM:
             self._world.loop.call_in(self._lane, self._begin_stop)
-        elif number is signal.SIGSTOP:
-            self._world.pause(self._lane)
         elif number is signal.SIGCONT:
             self._world.loop.resume(self._lane)
         else:
             raise ProcessError(f"no {number!r} here")
+
+    async def freeze(self):
+        self._world.pause(self._lane)
 
     def _begin_stop(self):
         self._task.cancel()

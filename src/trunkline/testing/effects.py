@@ -53,6 +53,22 @@ class EffectTable:
         rows = await (offload(self._read_sqlite, query) if self._sqlite else self._read_postgres(query))
         return [Entry(Kind.EFFECT, producer, key, seq) for producer, key, seq in rows]
 
+    async def is_locked(self) -> bool:
+        """Return whether nobody can write to the file of the store now; a server locks nobody out."""
+        return self._sqlite and await offload(self._is_busy)
+
+    def _is_busy(self) -> bool:
+        import apsw
+
+        connection = apsw.Connection(self._file)
+        try:
+            connection.execute("BEGIN IMMEDIATE; ROLLBACK")
+        except apsw.BusyError:
+            return True
+        finally:
+            connection.close()
+        return False
+
     def _read_sqlite(self, query: str) -> list[tuple[Any, ...]]:
         import apsw
 

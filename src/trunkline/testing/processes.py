@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trunkline.clock import Clock, system_clock
+from trunkline.clock import Clock, offload, system_clock
 
 POLL_S = 0.02
 TAIL_LINES = 30
@@ -74,6 +74,11 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         self._process.send_signal(number)
+
+    async def freeze(self) -> None:
+        """Send SIGSTOP and wait until it stands; SIGCONT lets it go on."""
+        self.send(signal.SIGSTOP)
+        await offload(os.waitid, os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     async def wait(self, within_s: float = 30.0) -> int:
         """Return the exit code; negative is the signal that ended it.

@@ -170,7 +170,7 @@ async def late_ack_after_lease_ignored(bench: Bench) -> None:
     late = await bench.process(jobs, log, work_s=1.0)
     await bench.until(lambda: {key.partition("/")[0] for _, key, _ in late.begun()} == {jobs.name, log.name},
                       "it has no messages of both channels")  # fmt: skip
-    late.process.send(signal.SIGSTOP)
+    await frozen(bench, late)
     in_time = await bench.process(jobs, log)
     await bench.drained(40)
     publisher = await bench.process(jobs, log, role="publish", keys=4, count=10, pause_s=0.1)
@@ -184,6 +184,19 @@ async def late_ack_after_lease_ignored(bench: Bench) -> None:
     bench.note = f"{verdict.counts['effects']} effects, {len(bench.deliveries())} handlers begun"
     # It goes on, or it ends by itself where its store was taken over.
     await settled_by_now(bench, [one for one in (late, in_time) if one.process.alive()], jobs, log)
+
+
+async def frozen(bench: Bench, worker: Worker) -> None:
+    """Let a process stand still, but not in the middle of a commit to a file: nobody gets past that lock."""
+
+    async def is_free() -> bool:
+        return bench.table is None or not await bench.table.is_locked()
+
+    await worker.process.freeze()
+    while not await is_free():
+        worker.process.send(signal.SIGCONT)
+        await bench.until(is_free, "a process holds the lock of the file")
+        await worker.process.freeze()
 
 
 async def settled_by_now(bench: Bench, workers: list[Worker], *lines: Line) -> None:
