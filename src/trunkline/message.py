@@ -183,8 +183,7 @@ def from_attributes(found: dict[str, str], data: bytes) -> Message:
     Raises: DecodeError if a required attribute is missing or one has a wrong form.
     """
     rest = dict(found)
-    if rest.pop("specversion", None) != "1.0":
-        raise DecodeError("E401", f"specversion is {found.get('specversion')!r}", "only CloudEvents 1.0 is read")
+    _check_version(rest.pop("specversion", None))
     for name in ("id", "source", "type"):
         if not rest.get(name):
             raise DecodeError("E403", f"CloudEvents attribute {name!r} is missing or empty")
@@ -199,6 +198,13 @@ def from_attributes(found: dict[str, str], data: bytes) -> Message:
         if name in rest:
             values[name] = _number(name, rest.pop(name))
     return Message(**values, extensions=rest or None)
+
+
+def _check_version(version: str | None) -> None:
+    if version is None:
+        raise DecodeError("E406", "no CloudEvent: it has no specversion", "only CloudEvents 1.0 is read")
+    if version != "1.0":
+        raise DecodeError("E401", f"specversion is {version[:64]!r}", "only CloudEvents 1.0 is read")
 
 
 def to_binary(message: Message) -> tuple[dict[str, str], bytes]:

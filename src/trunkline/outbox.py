@@ -25,6 +25,9 @@ AGAIN_S = 1.0
 """Wait before sending again what could not be sent."""
 REFUSED_AGAIN_S = 60.0
 """Wait before sending again what the broker refused, such as a message too large for it."""
+_REFUSALS = (PublishError, ConfigurationError)
+_OF_A_CHANNEL = (StoreFullError, *_REFUSALS)
+"""What may be wrong with one channel, or one message, while others can be sent."""
 
 
 class Relay:
@@ -69,15 +72,10 @@ class Relay:
             if not rows:
                 return min((due for due in (next_due, *self._full.values()) if due is not None), default=None)
             error = await self._send(rows)
-            match error:
-                case None:
-                    pass
-                case StoreFullError():
-                    await self._send_by_channel(rows)
-                case PublishError() | ConfigurationError():
-                    await self._send_singly(rows)
-                case _:
-                    raise error
+            if isinstance(error, _OF_A_CHANNEL):
+                await self._send_apart(rows)
+            elif error is not None:
+                raise error
 
     async def _send(self, rows: list[OutboxRow]) -> TrunklineError | None:
         """Send rows and forget what the broker has confirmed; return why it did not take what is left in `rows`."""
@@ -95,28 +93,35 @@ class Relay:
             await self._store.outbox_sent(sent)
         return error
 
-    async def _send_by_channel(self, rows: Sequence[OutboxRow]) -> None:
-        """Send to the channels that have room; what goes to another waits, in its order, and in nobody else's way."""
+    async def _send_apart(self, rows: Sequence[OutboxRow]) -> None:
+        """Send each channel what is for it; one without room waits, in its order, and in nobody else's way."""
         for channel in dict.fromkeys(row.channel for row in rows):
-            error = await self._send([row for row in rows if row.channel == channel])
+            mine = [row for row in rows if row.channel == channel]
+            error = await self._send(mine)
+            if isinstance(error, _REFUSALS):
+                error = await self._send_singly(mine)
             if isinstance(error, StoreFullError):
                 log.warning("the outbox waits with %s, trying again in %.0f s: %s", channel, AGAIN_S, error)
                 self._full[channel] = self._clock.now() + AGAIN_S
             elif error is not None:
                 raise error
 
-    async def _send_singly(self, rows: Sequence[OutboxRow]) -> None:
-        """Send what the broker takes; what it refuses waits, is said loudly, and stands in nobody's way."""
+    async def _send_singly(self, rows: Sequence[OutboxRow]) -> TrunklineError | None:
+        """Send what the broker takes; what it refuses waits, is said loudly, and stands in nobody's way.
+
+        Returns: what keeps the rest from being sent.
+        """
         for row in rows:
             error = await self._send([row])
-            if isinstance(error, PublishError | ConfigurationError):
+            if isinstance(error, _REFUSALS):
                 log.error(
                     "%s refuses outbox row %d for %s, trying again in %.0f s: %s",
                     type(self._transport).__name__, row.number, row.channel, REFUSED_AGAIN_S, error,
                 )  # fmt: skip
                 await self._store.outbox_postpone([row.number], self._clock.now() + REFUSED_AGAIN_S)
             elif error is not None:
-                raise error
+                return error
+        return None
 
     def _staged(self, row: OutboxRow) -> Staged:
         channel = self._channels.get(row.channel)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from trunkline.errors import DecodeError
-from trunkline.message import JSON, Message, from_attributes, from_structured, to_structured
+from trunkline.message import JSON, MAX_HEADER_BYTES, Message, from_attributes, from_structured, to_structured
 
 CONTENT_TYPE = "application/cloudevents+json; charset=UTF-8"
 """What every message that is written says of itself, in the header that the broker's binding has for it."""
@@ -27,13 +27,16 @@ _PREFIXES = ("ce-", "ce_", "cloudevents:", "cloudevents_")
 _NOTHING = msgspec.Raw(b"")
 
 
+_Required = Annotated[str, msgspec.Meta(min_length=1)]
+
+
 class _Event(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """The JSON event format with the attributes that a Message has; others take the long way."""
 
     specversion: Literal["1.0"]
-    id: str
-    type: str
-    source: str
+    id: _Required
+    type: _Required
+    source: _Required
     time: datetime
     datacontenttype: str = JSON
     partitionkey: str | None = None
@@ -125,10 +128,16 @@ def _decode_slowly(body: bytes, headers: Mapping[str, str], plain: Plain | None)
 
 
 def _binary_attributes(headers: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the attributes of a binary-mode event, or None if it is none."""
+    """Return the attributes of a binary-mode event, or None if it is none.
+
+    Raises: DecodeError E404 for one that is no UTF-8 (read with `surrogateescape`, or an identity in which a client has
+        replaced something, for two could become one), E405 if they are too large.
+    """
     found: dict[str, str] = {}
     content_type = None
+    size = 0
     for name, value in headers.items():
+        size += len(name) + len(value)
         lower = name.lower()
         if lower == "content-type":
             content_type = value
@@ -139,9 +148,22 @@ def _binary_attributes(headers: Mapping[str, str]) -> dict[str, str] | None:
                 break
     if "specversion" not in found:
         return None
+    if size > MAX_HEADER_BYTES:
+        raise DecodeError("E405", f"headers of {size} bytes", f"at most {MAX_HEADER_BYTES} are read")
     if content_type is not None:
         found["datacontenttype"] = content_type
+    for name, value in found.items():
+        if not (_is_text(name) and _is_text(value)) or (name in {"id", "source"} and "\ufffd" in value):
+            raise DecodeError("E404", f"header {name[:64]!a} is not UTF-8")
     return found
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Plain(msgspec.Struct, frozen=True):
@@ -164,5 +186,6 @@ class Plain(msgspec.Struct, frozen=True):
 
     def message(self, body: bytes, headers: Mapping[str, str]) -> Message:
         """Return `body` as the payload of a message of this type."""
-        content_type = next((value for name, value in headers.items() if name.lower() == "content-type"), JSON)
+        said = (value for name, value in headers.items() if name.lower() == "content-type" and _is_text(value))
+        content_type = next(said, JSON)
         return Message(self.id, self.type, self.source, body, self.time, self.key, datacontenttype=content_type)

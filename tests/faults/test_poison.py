@@ -14,7 +14,7 @@ from tests.faults import file
 from tests.faults.poisoned import Job, Order, jobs, orders, worker
 from tests.faults.processes import ROOT, until
 from tests.unit.rig import holds
-from trunkline import App, Message, Service
+from trunkline import App, Message, Queue, Service, Struct
 from trunkline.message import pack, unpack
 from trunkline.store import DeadLetterRow
 from trunkline.stores.sqlite import read_dead_letters
@@ -120,6 +120,39 @@ async def test_what_cannot_be_read_is_kept_with_its_bytes_corrected_and_done(tmp
         assert (row.code, row.raw, row.holds) == (code, event, False)
         await app.store.redrive(row.number, pack(Message("id-4", "job", "operator", b'{"number":2}', 0.0)))
         await until_async(lambda: numbers(path, "job") == [1, 2])
+        assert await app.store.dead_letters() == []
+
+
+FOREIGN = b'{"specversion":"1.0","id":"1","type":"foreign.number","source":"s","data":{"number":7}}'
+
+
+@pytest.mark.parametrize("event", [b'{"number":7}', FOREIGN], ids=["plain", "event"])
+async def test_what_another_program_sent_is_read_when_it_is_redriven_to_a_reader_that_can(tmp_path, event):
+    path = tmp_path / "poison.db"
+    strict, lenient = Queue("foreign"), Queue("foreign", plain="foreign.number")
+    blind, reader, seen = Service("foreign"), Service("foreign"), []
+
+    @blind.handle(from_=strict)
+    async def take(message: Message) -> None: ...
+
+    @lenient.command(type="foreign.number")
+    class Number(Struct):
+        number: int
+
+    @reader.handle
+    async def read(message: Number) -> None:
+        seen.append(message.number)
+
+    async with App(publisher, f"sqlite:///{path}") as app:
+        await app.send(Message("id-2", "x", "s", b"{}", 0.0), to=strict)
+    spoil(path, "trunkline_queue", event)
+    async with App(blind, f"sqlite:///{path}") as app:
+        await until_async(app.store.dead_letters)
+        (row,) = await app.store.dead_letters()
+        assert (row.code, row.raw) == ("E400", event)
+    async with App(reader, f"sqlite:///{path}") as app:
+        await app.store.redrive(row.number)
+        await until_async(lambda: seen == [7])
         assert await app.store.dead_letters() == []
 
 

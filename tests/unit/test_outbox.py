@@ -175,3 +175,38 @@ async def test_a_channel_without_room_keeps_its_order_and_holds_back_no_other(jo
 
     payloads = [*map(Small, range(1, 6)), job(8), job(9)]
     await relayed(service, store, clock, refuse, payloads, check)
+
+
+async def test_a_channel_without_room_and_a_message_too_large_hold_back_no_other(job, store, clock, caplog):
+    full = Queue("outbox-full")
+
+    @full.command(type="full")
+    class Full(Struct):
+        number: int
+
+    seen: list[int] = []
+    service = Service("worker")
+
+    @service.handle
+    async def work(job: job) -> None:
+        seen.append(job.number)
+
+    @service.handle
+    async def wait(job: Full) -> None:
+        seen.append(job.number)
+
+    async def check(partly) -> None:
+        await until(lambda: seen == [7])
+        assert "refuses outbox row" in caplog.text
+        partly.refuse = lambda _staged: None
+        await clock.advance(1.0)
+        await until(lambda: seen == [7, 1, 2])
+        await clock.advance(REFUSED_AGAIN_S)
+        await until(lambda: seen == [7, 1, 2, 6])
+
+    def refuse(staged):
+        if staged.channel is full:
+            return StoreFullError("E502", "no room")
+        return PublishError("E313", "too large") if staged.message.data == b'{"number":6}' else None
+
+    await relayed(service, store, clock, refuse, [Full(1), job(6), Full(2), job(7)], check)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trunkline.errors import DecodeError
-from trunkline.message import JSON, Message, attributes, from_structured
+from trunkline.message import JSON, MAX_HEADER_BYTES, Message, attributes, from_structured
 from trunkline.wire import MAX_WIRE_BYTES, Plain, decode, encode
 
 TEXT = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable())
@@ -135,3 +135,39 @@ def test_headers_are_asked_for_only_when_the_body_is_no_event():
         raise AssertionError("asked for headers")
 
     decode(encode(Message("1", "t", "s", b"{}", 1.0)), forbidden)
+
+
+@pytest.mark.parametrize("name", ["id", "type", "source"])
+def test_a_structured_event_with_an_empty_attribute_is_refused(name):
+    event = {"specversion": "1.0", "id": "1", "type": "t", "source": "s", "time": "2026-01-31T12:00:00Z", name: ""}
+    with pytest.raises(DecodeError, match=f"E403 .*'{name}'"):
+        decode(msgspec.json.encode(event), no_headers)
+
+
+HEADERS = {"ce-specversion": "1.0", "ce-id": "1", "ce-type": "t", "ce-source": "s"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("ce-id", b"\xff".decode("utf-8", "surrogateescape"), "E404"),
+        ("ce-id", "a\ufffd", "E404"),
+        ("ce-subject", b"\xff".decode("utf-8", "surrogateescape"), "E404"),
+        ("content-type", b"\xff".decode("utf-8", "surrogateescape"), "E404"),
+        ("ce-note", "x" * MAX_HEADER_BYTES, "E405"),
+        ("ce-specversion", "0.3", "E401"),
+    ],
+)
+def test_a_binary_event_with_headers_that_cannot_be_is_refused(name, value, code):
+    with pytest.raises(DecodeError, match=code):
+        decode(b"{}", lambda: {**HEADERS, name: value})
+
+
+def test_what_is_no_event_is_not_called_one_of_another_version():
+    with pytest.raises(DecodeError, match="E406 no CloudEvent"):
+        decode(b'{"a": 1}', no_headers)
+
+
+def test_a_content_type_that_is_no_text_does_not_spoil_a_plain_message():
+    said = {"content-type": b"\xff".decode("utf-8", "surrogateescape")}
+    assert decode(b"x", lambda: said, Plain("t", "s", "1", 1.0)).datacontenttype == JSON

@@ -122,7 +122,7 @@ def _shown(data: bytes) -> str:
             text = msgspec.json.format(text, indent=2)
         lines = text[:SHOWN_BYTES].splitlines()
         return "\n".join(f"  {printable(line)}" for line in lines) + rest
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return "\n".join(f"  {printable(line)}" for line in text.splitlines()) + rest
     except UnicodeDecodeError:
         return hex_dump(cut) + rest

@@ -15,23 +15,13 @@ NO_TIMESTAMP = 0
 
 
 def text_headers(record: Message) -> dict[str, str]:
-    """Return the headers of a record; those that are no UTF-8 are left out."""
-    found: dict[str, str] = {}
+    """Return the headers of a record; what is no UTF-8 is escaped, for wire.py to refuse."""
     headers: Any = record.headers()
-    for name, value in headers or ():
-        text = _text(value)
-        if text is not None:
-            found[name] = text
-    return found
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        return str(value, "utf-8")
-    except UnicodeDecodeError:
-        return None
+    return {
+        name: value if isinstance(value, str) else str(value, "utf-8", "surrogateescape")
+        for name, value in headers or ()
+        if value is not None
+    }
 
 
 def key_of(record: Message) -> str | None:
@@ -39,7 +29,11 @@ def key_of(record: Message) -> str | None:
 
     Source: CloudEvents Kafka protocol binding 1.0.2 §3.1: the key is the partitionkey.
     """
-    return _text(record.key())
+    key: Any = record.key()
+    try:
+        return str(key, "utf-8") if isinstance(key, bytes) else key
+    except UnicodeDecodeError:
+        return None
 
 
 def plain_of(record: Message, type_name: str) -> wire.Plain:

@@ -434,14 +434,14 @@ def command(subject: bytes, reply: bytes, body: bytes, headers: bytes = b"") -> 
 
 
 def parse_headers(raw: bytes | None) -> dict[str, str]:
-    """Return headers by name; what cannot be text is replaced."""
+    """Return headers by name; what is no UTF-8 is escaped, for wire.py to refuse."""
     if raw is None:
         return {}
     found = {}
     for line in raw.split(b"\r\n")[1:]:
         name, colon, value = line.partition(b":")
         if colon:
-            found[name.strip().decode("utf-8", "replace")] = value.strip().decode("utf-8", "replace")
+            found[name.strip().decode("utf-8", "surrogateescape")] = value.strip().decode("utf-8", "surrogateescape")
     return found
 
 
@@ -452,7 +452,7 @@ def _raw_headers(headers: Mapping[str, str] | None) -> bytes | None:
     rest = dict(headers)
     status = " ".join(filter(None, (rest.pop("Status", ""), rest.pop("Description", ""))))
     lines = [f"NATS/1.0 {status}".rstrip(), *(f"{name}: {value}" for name, value in rest.items()), "", ""]
-    return "\r\n".join(lines).encode()
+    return "\r\n".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _tls_context(address: Address, options: Options) -> ssl.SSLContext | None:

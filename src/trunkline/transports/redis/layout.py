@@ -115,7 +115,9 @@ def read_entry(
             return decode(body, dict), None, None
         except DecodeError as error:
             return None, body, why_unread(error)
-    found = {name.decode("utf-8", "replace"): value for name, value in zip(fields[::2], fields[1::2], strict=False)}
+    found = {
+        name.decode("utf-8", "surrogateescape"): value for name, value in zip(fields[::2], fields[1::2], strict=False)
+    }
     name = next((name for name in ("e", *BODIES) if name in found), next(iter(found), ""))
     body = found.pop(name, b"")
     ms = int(entry_id.partition(b"-")[0])
@@ -129,4 +131,4 @@ def read_entry(
 
 
 def _headers(found: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: value.decode("utf-8", "replace") for name, value in found.items()}
+    return {name: value.decode("utf-8", "surrogateescape") for name, value in found.items()}
