@@ -54,6 +54,9 @@ class App:
         grace_s: how long a stop waits for handlers, in seconds.
     Raises: DefinitionError E112 for what is neither; ConfigurationError for a URL that says nothing known.
 
+    Attributes:
+        is_up: whether messages can be published: from the start to near the end of the stop.
+
     Use it as an async context manager (started inside, stopped at the end), or call `run`.
     """
 
@@ -84,6 +87,7 @@ class App:
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
         self._started = False
+        self.is_up = False
         self._stopping = asyncio.Lock()
 
     # --- start and stop ---
@@ -121,6 +125,7 @@ class App:
             self._started = False
             await self.transport.stop()
             raise
+        self.is_up = True
         try:
             await self._open(plans, channels, shared)
             if not shared and self.store_url != self.transport_url:
@@ -243,6 +248,7 @@ class App:
             await self._flush()
         self._relaying = self._tidying = None
         await self._resources.aclose()
+        self.is_up = False
         await self.store.stop()
         await self.transport.stop()
         for engine in self._engines:
@@ -368,9 +374,11 @@ class App:
             within: a database connection of yours with a transaction open: the message leaves when you commit it, and
                 never if you do not. Only a store in the same database can do that.
         Returns: the message's id.
-        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused;
-            ConfigurationError E250 if the store cannot join `within`.
+        Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused,
+            E520 before the start and after the stop; ConfigurationError E250 if the store cannot join `within`.
         """
+        if not self.is_up:
+            self.check_up()
         staged = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
         if within is None:
             await self.transport.send((staged,))
@@ -393,6 +401,8 @@ class App:
 
         Raises: as `publish`.
         """
+        if not self.is_up:
+            self.check_up()
         made = [make_message(payload, self.clock, self.system.name, None, None, None, {}) for payload in payloads]
         await self.transport.send(made)
         return [staged.message.id for staged in made]
@@ -410,12 +420,28 @@ class App:
         return staged.message.id
 
     async def commit(self, staged: Sequence[Staged]) -> None:
-        """Commit staged messages through the store."""
+        """Commit staged messages through the store.
+
+        Raises: TransportError if it was refused, E520 before the start and after the stop.
+        """
+        if not self.is_up:
+            self.check_up()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future))
         unit.staged = tuple(staged)
         self.store.submit(unit)
         await future
+
+    def check_up(self) -> None:
+        """Refuse what is published before the start or after the stop.
+
+        Raises: TransportError E520.
+        """
+        if not self.is_up:
+            shown = parse_address(self.transport_url).shown
+            raise TransportError(
+                "E520", f"{shown}: publishing before the start or after the stop", "publish in between"
+            )
 
     async def backlog(self) -> dict[str, Backlog]:
         """Return how far each subscription of this App is behind, by label (`name@channel`).
@@ -494,8 +520,9 @@ class Running:
         """Commit your statements and publications together, outside a handler.
 
         The commit is done when the block ends; an exception undoes all of it.
-        Raises: TransportError if the commit was refused.
+        Raises: TransportError if the commit was refused, E520 before the start and after the stop.
         """
+        self.app.check_up()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future), self._owner)
         unit.context = context = Context(
@@ -515,6 +542,7 @@ class Running:
             await self.app.store.rollback(unit)
             raise
         unit.end_context()
+        self.app.check_up()
         self.app.store.submit(unit)
         await future
 

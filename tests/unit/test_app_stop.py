@@ -1,10 +1,19 @@
 """Stopping an App more than once."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
-from trunkline import App, Service
+from trunkline import App, Queue, Service, Struct
+from trunkline.errors import TransportError
+
+late = Queue("late")
+
+
+@late.command
+class Late(Struct):
+    number: int
 
 
 @pytest.mark.parametrize("url", ["memory:", "sqlite:///{}/stop.db"])
@@ -29,3 +38,60 @@ async def test_what_fails_while_it_starts_and_never_ends_starting_is_raised(monk
     app.start = start
     with pytest.raises(RuntimeError, match="the disk is gone"):
         await app.serve()
+
+
+both = pytest.mark.parametrize("url", ["memory:", "sqlite:///{}/stop.db"])
+
+
+@both
+async def test_what_is_published_before_the_start_or_after_the_stop_is_refused(url, tmp_path):
+    service = Service("late")
+    app = App(service, url.format(tmp_path))
+
+    async def unit():
+        async with app.running(service).unit_of_work() as unit:
+            unit.publish(Late(1))
+
+    for call in (app.publish, app.send):
+        with pytest.raises(TransportError, match=r"E520 .*before the start"):
+            await call(Late(1))
+    async with app:
+        await app.publish(Late(1))
+        running = app.running(service)
+    for refused in (app.publish(Late(1)), app.publish_all([Late(1)]), app.schedule(Late(1), timedelta(1)), unit()):
+        with pytest.raises(TransportError, match=r"E520 .*after the stop"):
+            await refused
+    with pytest.raises(TransportError, match=r"E520 .*after the stop"):
+        await running.publish(Late(1))
+
+
+@both
+async def test_those_who_publish_while_it_stops_are_told(url, tmp_path):
+    app = App(Service("late"), url.format(tmp_path))
+    await app.start()
+
+    async def publish():
+        while True:
+            await app.publish(Late(1))
+            await asyncio.sleep(0)
+
+    publishers = [asyncio.create_task(publish()) for _ in range(5)]
+    await asyncio.sleep(0)
+    await app.stop()
+    async with asyncio.timeout(10):
+        ends = await asyncio.gather(*publishers, return_exceptions=True)
+    assert {end.code for end in ends} == {"E520"}
+
+
+async def test_a_unit_of_work_that_ends_after_the_stop_is_refused(tmp_path):
+    service = Service("late")
+    app = App(service, f"sqlite:///{tmp_path}/stop.db")
+    await app.start()
+
+    async def unit():
+        async with app.running(service).unit_of_work() as unit:
+            unit.publish(Late(1))
+            await app.stop()
+
+    with pytest.raises(TransportError, match=r"E520 .*after the stop"):
+        await unit()
