@@ -54,9 +54,6 @@ class App:
         grace_s: how long a stop waits for handlers, in seconds.
     Raises: DefinitionError E112 for what is neither; ConfigurationError for a URL that says nothing known.
 
-    Attributes:
-        is_up: whether messages can be published: from the start to near the end of the stop.
-
     Use it as an async context manager (started inside, stopped at the end), or call `run`.
     """
 
@@ -87,7 +84,7 @@ class App:
         self._resources = contextlib.AsyncExitStack()
         self._running: dict[str, Running] = {}
         self._started = False
-        self.is_up = False
+        self._is_up = False  # messages can be published: from the start to near the end of the stop
         self._stopping = asyncio.Lock()
 
     # --- start and stop ---
@@ -125,7 +122,7 @@ class App:
             self._started = False
             await self.transport.stop()
             raise
-        self.is_up = True
+        self._is_up = True
         try:
             await self._open(plans, channels, shared)
             if not shared and self.store_url != self.transport_url:
@@ -248,7 +245,7 @@ class App:
             await self._flush()
         self._relaying = self._tidying = None
         await self._resources.aclose()
-        self.is_up = False
+        self._is_up = False
         await self.store.stop()
         await self.transport.stop()
         for engine in self._engines:
@@ -377,8 +374,8 @@ class App:
         Raises: UnroutableError, PayloadError or PublishError before anything is sent; TransportError if it was refused,
             E520 before the start and after the stop; ConfigurationError E250 if the store cannot join `within`.
         """
-        if not self.is_up:
-            self.check_up()
+        if not self._is_up:
+            self._check_up()
         staged = make_message(payload, self.clock, self.system.name, to, key, None, attributes)
         if within is None:
             await self.transport.send((staged,))
@@ -401,8 +398,8 @@ class App:
 
         Raises: as `publish`.
         """
-        if not self.is_up:
-            self.check_up()
+        if not self._is_up:
+            self._check_up()
         made = [make_message(payload, self.clock, self.system.name, None, None, None, {}) for payload in payloads]
         await self.transport.send(made)
         return [staged.message.id for staged in made]
@@ -424,20 +421,20 @@ class App:
 
         Raises: TransportError if it was refused, E520 before the start and after the stop.
         """
-        if not self.is_up:
-            self.check_up()
+        if not self._is_up:
+            self._check_up()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future))
         unit.staged = tuple(staged)
         self.store.submit(unit)
         await future
 
-    def check_up(self) -> None:
+    def _check_up(self) -> None:
         """Refuse what is published before the start or after the stop.
 
         Raises: TransportError E520.
         """
-        if not self.is_up:
+        if not self._is_up:
             shown = parse_address(self.transport_url).shown
             raise TransportError(
                 "E520", f"{shown}: publishing before the start or after the stop", "publish in between"
@@ -522,7 +519,7 @@ class Running:
         The commit is done when the block ends; an exception undoes all of it.
         Raises: TransportError if the commit was refused, E520 before the start and after the stop.
         """
-        self.app.check_up()
+        self.app._check_up()  # noqa: SLF001 - its other half
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future), self._owner)
         unit.context = context = Context(
@@ -542,7 +539,7 @@ class Running:
             await self.app.store.rollback(unit)
             raise
         unit.end_context()
-        self.app.check_up()
+        self.app._check_up()  # noqa: SLF001 - its other half
         self.app.store.submit(unit)
         await future
 

@@ -196,7 +196,7 @@ class Deliverer:
     def _known_outcome(self, delivery: Delivery) -> Outcome | None:
         """Return the outcome of what is not to be run: unreadable, expired, or behind a parked message."""
         if delivery.message is None and (unreadable := self._read(delivery)) is not None:
-            return DeadLetter(*unreadable)
+            return unreadable
         message: Message = delivery.message  # type: ignore[assignment]
         if delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0:
             handled = self._every is not None or message.type in self._routes
@@ -205,23 +205,23 @@ class Deliverer:
             return Discard("expired")
         return None
 
-    def _read(self, delivery: Delivery) -> tuple[str, str] | None:
-        """Read the envelope of a delivery; return code and text of why that cannot be done."""
+    def _read(self, delivery: Delivery) -> DeadLetter | None:
+        """Read the envelope of a delivery; return what becomes of it if that cannot be done."""
         if delivery.unread is not None:
-            return delivery.unread
+            return DeadLetter(*delivery.unread)
         raw: bytes = delivery.raw  # type: ignore[assignment]
         try:
             delivery.message = unpack(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             if delivery.row == LIVE:
-                return "E400", f"not an envelope: {describe(error)}"
+                return DeadLetter("E400", f"not an envelope: {describe(error)}")
             # Of a dead letter that is redriven, from a broker: its bytes are as another program sent them.
             channel, identity = self._subscription.channel, f"dead-letter/{self._clock.new_id()}"
             plain = channel.plain and wire.Plain(channel.plain, channel.name, identity, self._clock.now())
             try:
                 delivery.message = wire.decode(raw, dict, plain or None)
             except DecodeError as unread:
-                return wire.why_unread(unread)
+                return DeadLetter(*wire.why_unread(unread))
         return None
 
     def _unknown(self, message: Message) -> Outcome:
