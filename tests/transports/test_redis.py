@@ -26,6 +26,7 @@ from trunkline.message import Message
 from trunkline.transport import Staged, Subscription, load_adapter, parse_address
 from trunkline.transports.redis.connection import Refusal, failure, pack
 from trunkline.transports.redis.layout import Positions
+from trunkline.transports.redis.scripts import ALL
 from trunkline.transports.redis.server import Server
 from trunkline.wire import MAX_WIRE_BYTES, encode
 
@@ -784,18 +785,123 @@ async def test_a_server_that_stops_answering_is_left(faulty):
         await until(sends_again)
 
 
+@contextlib.asynccontextmanager
+async def full(url):
+    """While this lasts the server has no memory left, whatever is deleted."""
+    await raw(url, "CONFIG", "SET", "maxmemory", "1")
+    try:
+        yield
+    finally:
+        await raw(url, "CONFIG", "SET", "maxmemory", "0")
+
+
+async def refused(transport, channel):
+    """Publish to a full server."""
+    batch = staged(channel, -1)
+    with pytest.raises(TransportError) as raised:
+        await transport.send(batch)
+    assert raised.value.code == "E522"
+    assert "memory" in str(raised.value)
+    assert raised.value.unsent == batch
+
+
+async def emptied(transport, subscription):
+    """Receive and settle until nothing waits; return what came."""
+    found = []
+    async with asyncio.timeout(20):
+        while (await transport.backlog(subscription)).waiting:
+            deliveries = await transport.receive(subscription, 100)
+            found += numbers(deliveries)
+            await transport.settle(deliveries)
+    return found
+
+
+def three_kinds():
+    return [Subscription("a", channel) for channel in (Queue("q"), Topic("t"), Stream("s", partitions=2))]
+
+
 async def test_a_full_server_says_so_and_takes_more_later(faulty):
     queue = Queue("q")
     async with opened(faulty, channels=[queue]) as transport:
-        await raw(faulty, "CONFIG", "SET", "maxmemory", "1")
-        try:
-            with pytest.raises(TransportError) as raised:
-                await transport.send(staged(queue, 1))
-            assert raised.value.code == "E522"
-            assert "memory" in str(raised.value)
-        finally:
-            await raw(faulty, "CONFIG", "SET", "maxmemory", "0")
+        async with full(faulty):
+            await refused(transport, queue)
         await transport.send(staged(queue, 1))
+
+
+async def test_a_process_that_starts_while_the_server_is_full_empties_it(faulty):
+    subscriptions = three_kinds()
+    async with opened(faulty, *subscriptions):
+        pass
+    async with opened(faulty, channels=[subscription.channel for subscription in subscriptions]) as transport:
+        for subscription in subscriptions:
+            await transport.send(staged(subscription.channel, *range(300)))
+    async with full(faulty), opened(faulty, *subscriptions) as transport:
+        for subscription in subscriptions:
+            assert sorted(await emptied(transport, subscription)) == list(range(300))
+            await refused(transport, subscription.channel)
+        await transport.tidy()
+    async with opened(faulty, *subscriptions) as transport:
+        for subscription in subscriptions:
+            await transport.send(staged(subscription.channel, 300))
+            assert await emptied(transport, subscription) == [300]
+
+
+async def test_a_process_that_is_cut_off_from_a_full_server_comes_back_and_empties_it(faulty):
+    subscriptions = three_kinds()
+    async with opened(faulty, *subscriptions) as transport:
+        held = {}
+        for subscription in subscriptions:
+            await transport.send(staged(subscription.channel, *range(3000)))  # more than a process takes at once
+            held[subscription.label] = await receive(transport, subscription, 10)
+        async with full(faulty):
+            await raw(faulty, "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            for subscription in subscriptions:
+                first = held[subscription.label]
+                await transport.settle(first)
+                came = numbers(first) + await emptied(transport, subscription)
+                assert sorted(came) == list(range(3000))
+                await refused(transport, subscription.channel)
+        for subscription in subscriptions:
+            await transport.send(staged(subscription.channel, 3000))
+            assert await emptied(transport, subscription) == [3000]
+
+
+async def test_a_process_keeps_its_partitions_while_the_server_is_full(faulty):
+    subscription = Subscription("a", Stream("s", partitions=2))
+    async with opened(faulty, subscription) as transport, full(faulty):
+        owners, assignment = transport._readers[subscription.label]._owners, transport.assignment(subscription)
+
+        async def lease_ends():
+            return [int(held.partition(b" ")[0]) for held in await raw(faulty, "HVALS", owners)]
+
+        latest = max(await lease_ends())
+
+        async def renewed():
+            return min(await lease_ends()) > latest + 2500  # the lease is of 2 s: the first one is over
+
+        await until(renewed)
+        assert [transport.owns(subscription, number) for number in range(2)] == [True, True]
+        assert transport.assignment(subscription) == assignment
+
+
+async def test_what_is_new_is_declared_while_the_server_is_full(faulty):
+    subscriptions = three_kinds()
+    async with full(faulty), opened(faulty, *subscriptions) as transport:
+        for subscription in subscriptions:
+            await refused(transport, subscription.channel)
+            assert (await transport.backlog(subscription)).waiting == 0
+
+
+def test_every_script_that_may_take_memory_begins_with_a_deletion():
+    # Redis 6.2 refuses all of XGROUP to the first write of a script while memory is full, 7 XGROUP CREATE only.
+    taking = re.compile(r"'(HSET|HSETNX|ZADD|XADD|XGROUP)'")
+    deletion = re.compile(r"^(?:though_full|redis\.call)\('(?:HDEL|XDEL|ZREMRANGEBYSCORE)'", re.MULTILINE)
+    takers = [script._text for script in ALL if taking.search(script._text)]
+    assert len(takers) == 8
+    for text in takers:
+        first = deletion.search(text)
+        assert first, text
+        assert first.start() < taking.search(text).start(), text
 
 
 async def test_everything_deleted_on_the_server_is_declared_again(faulty):

@@ -1,7 +1,8 @@
 """What Redis does in one step: small Lua scripts.
 
 Invariant: who changes something of a partition shows that the partition is its own, in the same step.
-All keys of a script stand in one hash slot. Times are the server's.
+All keys of a script stand in one hash slot. Times are the server's. They run while memory is full too, or
+nobody could receive what fills it; none stores a message.
 Source: redis.io/docs, Scripting with Lua; commands XGROUP, XINFO, XPENDING, XCLAIM, XAUTOCLAIM, XTRIM.
 """
 
@@ -12,6 +13,11 @@ import hashlib
 from trunkline.transports.redis.connection import pack
 
 _MAP = """
+-- A full server refuses a script whose first write may take memory, and lets one that begins with a deletion run to its
+-- end (Scripting with Lua, Execution under low memory conditions; in every version). What this deletes is not there.
+local function though_full(delete, key, nothing)
+  redis.call(delete, key, nothing)
+end
 local function map(flat)
   local found = {}
   for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
@@ -70,6 +76,7 @@ ALL: list[Script] = []
 
 DECLARE = Script("""
 -- KEYS settings; ARGV kind, partitions. Returns kind and partitions as they are.
+though_full('HDEL', KEYS[1], '')
 redis.call('HSETNX', KEYS[1], 'kind', ARGV[1])
 redis.call('HSETNX', KEYS[1], 'partitions', ARGV[2])
 return redis.call('HMGET', KEYS[1], 'kind', 'partitions')
@@ -77,6 +84,7 @@ return redis.call('HMGET', KEYS[1], 'kind', 'partitions')
 
 GROUP = Script("""
 -- KEYS streams; ARGV group, 0 or $ or an id, whether the server counts entries. Creates what is missing.
+though_full('XDEL', KEYS[1], '0-0')
 for _, key in ipairs(KEYS) do
   if redis.call('EXISTS', key) == 0 then
     redis.call('XGROUP', 'CREATE', key, ARGV[1], '0', 'MKSTREAM')
@@ -139,6 +147,7 @@ return #ids
 
 LEAVE = Script("""
 -- KEYS stream; ARGV group, consumer, who holds what is given back. The consumer ends and is forgotten.
+though_full('XDEL', KEYS[1], '0-0')
 while true do
   local ids = {}
   for _, found in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000, ARGV[2])) do
@@ -153,6 +162,7 @@ return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 
 SWEEP = Script("""
 -- KEYS stream; ARGV group, idle ms, who holds what is given back. Forgets consumers that are gone and hold nothing.
+though_full('XDEL', KEYS[1], '0-0')
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = map(flat)
   if consumer['pending'] == 0 and consumer['idle'] > tonumber(ARGV[2]) and consumer['name'] ~= ARGV[3] then
@@ -187,8 +197,9 @@ KEEP = Script("""
 -- KEYS members, owners; ARGV token, lease ms, partitions. Returns how many live, then which are still the token's.
 local now = now_ms()
 local until_ms = string.format('%.0f', now + ARGV[2])
-redis.call('ZADD', KEYS[1], until_ms, ARGV[1])
+-- In this order: what begins with a deletion runs while memory is full.
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now))
+redis.call('ZADD', KEYS[1], until_ms, ARGV[1])
 local answer = {redis.call('ZCARD', KEYS[1])}
 for i = 3, #ARGV do
   -- Also when its time is over: nobody has taken it, so nothing happened to it meanwhile.
@@ -203,6 +214,7 @@ return answer
 CLAIM = Script("""
 -- KEYS owners, bounds, one stream for each number; ARGV token, lease ms, most, group, numbers.
 -- Returns of each one taken: number, cursor, entries read or -1, the bound of what its last reader handed out.
+though_full('HDEL', KEYS[1], '')
 local now = now_ms()
 local until_ms = string.format('%.0f', now + ARGV[2])
 local answer = {}
@@ -230,6 +242,7 @@ return answer
 
 NOTE = Script("""
 -- KEYS owners, bounds; ARGV token, then number and id of each. Returns the numbers that are not the token's.
+though_full('HDEL', KEYS[1], '')
 local lost = {}
 for i = 2, #ARGV, 2 do
   if mine(KEYS[1], ARGV[i], ARGV[1]) then
@@ -244,6 +257,7 @@ return lost
 COMMIT = Script("""
 -- KEYS owners, streams; ARGV token, group, then number, id and entries read (or -1) of each stream.
 -- A group that was deleted is made again: only the owner knows where it was.
+though_full('HDEL', KEYS[1], '')
 for i = 2, #KEYS do
   local number, id, read = ARGV[i * 3 - 3], ARGV[i * 3 - 2], ARGV[i * 3 - 1]
   if mine(KEYS[1], number, ARGV[1]) then
