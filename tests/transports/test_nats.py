@@ -13,9 +13,11 @@ from nats.js.api import DiscardPolicy
 from tests.brokers import broker_url, certificate, kill, resume
 from trunkline.channel import Queue, Stream, Topic
 from trunkline.clock import system_clock
-from trunkline.errors import ConfigurationError, PublishError, TransportError
+from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError
 from trunkline.message import Message
-from trunkline.transport import Staged, Subscription, load_adapter
+from trunkline.testing.proxy import Proxy
+from trunkline.transport import Staged, Subscription, load_adapter, parse_address
+from trunkline.transports.nats import publisher
 from trunkline.transports.nats.connection import Connection
 from trunkline.transports.nats.leases import Lost, Record
 from trunkline.transports.nats.source import SILENT_S
@@ -158,16 +160,19 @@ async def test_a_missing_permission_is_told():
     assert error.code == "E246"
 
 
-async def test_a_subject_that_may_not_be_published_to_is_told():
+async def test_a_subject_that_may_not_be_published_to_is_told(monkeypatch):
     limited = (
         "authorization={users: [{user: u, password: p, permissions: "
         '{publish: {deny: ["denied.q.jobs"]}, subscribe: ">"}}]}'
     )
     url = broker_url("nats@denied", limited).replace("nats://", "nats://u:p@") + "?prefix=denied"
-    queue = Queue("jobs")
-    async with started(url, channels=[queue]) as transport:
-        with pytest.raises(ConfigurationError, match="E246"):
-            await transport.send([staged(queue, 1)])
+    queue, other = Queue("jobs"), Queue("others")
+    monkeypatch.setattr(publisher, "MOST", 1)
+    async with started(url, channels=[queue, other]) as transport:
+        batch = [staged(queue, 1), staged(other, 1)]
+        with pytest.raises(ConfigurationError, match="E246") as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch[:1]
 
 
 @pytest.mark.parametrize(
@@ -254,24 +259,101 @@ async def test_what_is_too_large_is_refused_with_the_limit(url):
     assert caught.value.unsent == [large]
 
 
-async def test_a_stream_that_takes_no_more_is_named_when_the_time_is_over(server):
-    url = f"{broker_url('nats')}?timeout_s=1&prefix=t{time.time_ns()}"
-    stream, other = Stream("log", partitions=1), Queue("jobs")
-    async with started(url, channels=[stream, other]) as transport:
-        await transport.send([staged(stream, 1)])
-        found = await server.jetstream().streams_info()
-        limited = next(info.config for info in found if info.config.name.endswith("log") and info.state.messages)
-        limited.discard, limited.max_msgs = DiscardPolicy.NEW, 1
-        await server.jetstream().update_stream(limited)
-        late, later = staged(stream, 2), staged(other, 3)
-        results = await asyncio.gather(transport.send([late]), transport.send([later]), return_exceptions=True)
+async def limit(server, url, channel, **limits):
+    """Give the stream of a channel limits, as an operator does."""
+    stream = f"{parse_address(url).options['prefix']}_{channel.name}"
+    config = (await server.jetstream().stream_info(stream)).config
+    await server.jetstream().update_stream(config.evolve(discard=DiscardPolicy.NEW, **limits))
+
+
+@pytest.mark.parametrize("channel", [Stream("full", partitions=1), Queue("full")], ids=repr)
+async def test_what_has_no_room_is_told_at_once_and_what_follows_is_not_held_up(url, server, channel):
+    other = Queue("jobs")
+    async with started(url, channels=[channel, other]) as transport:
+        await transport.send([staged(channel, 1)])
+        await limit(server, url, channel, max_msgs=1)
+        late = staged(channel, 2)
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(
+                transport.send([late]), transport.send([staged(other, 3)]), return_exceptions=True
+            )
         assert str(results[0]).startswith("E502")
         assert "maximum messages" in str(results[0])
-        assert results[1] is None
         assert results[0].unsent == [late]
-        limited.max_msgs = 10
-        await server.jetstream().update_stream(limited)
+        assert results[1] is None
+        await limit(server, url, channel, max_msgs=10)
         await transport.send([late])
+
+
+async def test_a_batch_of_which_some_is_refused_ends_when_the_rest_is_stored(url, server):
+    full, reader = Queue("full"), Subscription("s", Queue("jobs"))
+    async with started(url, reader, channels=[full]) as transport:
+        await transport.send([staged(full, 0)])
+        await limit(server, url, full, max_msgs=1)
+        batch = [staged(full if number % 2 else reader.channel, number) for number in range(1, 201)]
+        with pytest.raises(StoreFullError) as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch[::2]
+        assert numbers(await take(transport, reader, 100)) == list(range(2, 201, 2))
+
+
+async def test_that_there_is_no_room_is_told_before_that_something_is_too_large(url, server):
+    small, full, other = Queue("small"), Queue("full"), Queue("jobs")
+    async with started(url, channels=[small, full, other]) as transport:
+        await transport.send([staged(full, 0)])
+        await limit(server, url, full, max_msgs=1)
+        await limit(server, url, small, max_msg_size=400)
+        large = staged(small, "x" * 1000)
+        with pytest.raises(PublishError, match=r"E313 .*'small' is too large") as wrong:
+            await transport.send([staged(other, 1), large])
+        assert wrong.value.unsent == [large]
+        batch = [large, staged(full, 1), large, staged(full, 1), staged(other, 1)]
+        with pytest.raises(StoreFullError) as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch[:4]
+
+
+async def test_what_is_refused_makes_room_on_the_way_for_what_follows(url, server, monkeypatch):
+    full, other = Queue("full"), Queue("jobs")
+    async with started(url, channels=[full, other]) as transport:
+        await transport.send([staged(full, 0)])
+        await limit(server, url, full, max_msgs=1)
+        monkeypatch.setattr(publisher, "MOST", 1)
+        results = await asyncio.gather(
+            transport.send([staged(full, 1)]), transport.send([staged(other, 1)]), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [StoreFullError, type(None)]
+
+
+async def test_a_stream_that_is_gone_is_named_when_the_time_is_over(url, server, monkeypatch):
+    monkeypatch.setattr(publisher, "AGAIN_S", 60)
+    prefix = parse_address(url).options["prefix"]
+    gone, other = Queue("gone"), Queue("jobs")
+    async with started(url.replace("timeout_s=10", "timeout_s=1"), channels=[gone, other]) as transport:
+        await server.jetstream().delete_stream(f"{prefix}_gone")
+        batch = [staged(other, 1), staged(gone, 2)]
+        with pytest.raises(TransportError, match=r"E520 .*no message to 'gone'") as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch[1:]
+
+
+async def test_a_stop_says_whether_anything_was_sent(url):
+    (host, port), *_ = parse_address(url).hosts
+    async with Proxy(host, port) as proxy, started(proxy.url(url), channels=[JOBS]) as transport:
+        proxy.toxics.mute = True
+        sent, kept = [staged(JOBS, 1), staged(JOBS, 2)], [staged(JOBS, 3), staged(JOBS, 4)]
+        first = asyncio.ensure_future(transport.send(sent))
+        async with asyncio.timeout(10):
+            while not transport._publisher._flying:
+                await asyncio.sleep(0.01)
+            proxy.toxics.down = True
+            proxy.reset()
+            while transport._connection.link.is_up:
+                await asyncio.sleep(0.01)
+        second = asyncio.ensure_future(transport.send(kept))
+        await transport.stop()
+        results = await asyncio.gather(first, second, return_exceptions=True)
+    assert [(result.code, result.unsent) for result in results] == [("E521", sent), ("E520", kept)]
 
 
 async def test_the_same_id_is_stored_once_but_for_each_tenant(url):

@@ -1,7 +1,7 @@
 """Publishing with confirmation: pipelined, what one tick gives written as one buffer.
 
-Invariant: a batch is confirmed when the server has confirmed each of its messages, and not before; after a new
-connection what is not confirmed is sent again under the same ids and in the same order.
+Invariant: a batch ends when each of its messages was confirmed or refused, or its time is over; after a new connection
+what is not confirmed is sent again under the same ids and in the same order.
 Never does: partitions of keys (transport.py). Read next: source.py.
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from trunkline.channel import Stream
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError, TrunklineError
 from trunkline.message import Message
@@ -45,11 +44,15 @@ class _Batch:
     """What one caller waits for.
 
     Attributes:
+        left: not yet confirmed or refused.
+        sent: whether any of it has left.
         refusal: what to tell when its time is over: why the server did not take what was last sent; None if that is
             on its way.
+        error: what its caller is told once all has been answered for.
+        unsent: what was not confirmed, by number.
     """
 
-    __slots__ = ("deadline", "future", "left", "refusal", "sent")
+    __slots__ = ("deadline", "error", "future", "left", "refusal", "sent", "unsent")
 
     def __init__(self, future: asyncio.Future[None], left: int, deadline: float) -> None:
         self.future = future
@@ -57,6 +60,32 @@ class _Batch:
         self.deadline = deadline
         self.sent = False
         self.refusal: TransportError | None = None
+        self.error: TrunklineError | None = None
+        self.unsent: dict[int, Staged] = {}
+
+    def refused(self, error: TrunklineError) -> None:
+        """Note why a message was refused; the first reason is told, but before all that there is no room.
+
+        That one message is wrong says nothing of the others; without room others of its channel are not tried.
+        """
+        if self.error is None or (isinstance(error, StoreFullError) and not isinstance(self.error, StoreFullError)):
+            self.error = error
+
+    def answered(self) -> None:
+        """Count a message that was confirmed or refused."""
+        self.left -= 1
+        if not self.left:
+            self.end()
+
+    def end(self) -> None:
+        """Tell the caller."""
+        if self.future.done():
+            return
+        if self.error is None:
+            self.future.set_result(None)
+        else:
+            self.error.fields["unsent"] = [self.unsent[number] for number in sorted(self.unsent)]
+            self.future.set_exception(self.error)
 
 
 class _Entry:
@@ -103,7 +132,7 @@ class Publisher:
             items: subject and message of each.
 
         Its errors: PublishError E313 if one is too large, then none is sent; TransportError E520, E521; E502 or E313
-        if the server refuses one.
+        if the server refuses one, once it has answered for the others.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
@@ -164,46 +193,45 @@ class Publisher:
         self._flying_bytes -= len(entry.command)
         if headers is not None or data.startswith(b'{"error"'):
             self._refused(token, entry, data, headers)
-            return
-        del self._entries[token]
-        batch = entry.batch
-        batch.left -= 1
-        if not batch.left and not batch.future.done():
-            batch.future.set_result(None)
+        else:
+            del self._entries[token]
+            entry.batch.answered()
         if self._queued:
             self._schedule(asyncio.get_running_loop())
 
     def _refused(self, token: int, entry: _Entry, data: bytes, headers: bytes | None) -> None:
-        """Send it again where that helps, else tell its caller."""
+        """Send it again where that helps, else note why not."""
         error = {} if headers is not None else msgspec.json.decode(data).get("error") or {}
         code, text = error.get("err_code", 0), error.get("description", "nobody keeps its subject")
-        channel, shown = entry.staged.channel, self._connection.shown
-        name = channel.name
-        full = None
-        if code in FULL:
-            full = StoreFullError("E502", f"{shown} has no room for {name!r}: {text}", "make room, or raise its limits")
-        if full is not None and not isinstance(channel, Stream):
-            # What follows has no order with it, and may go to a channel with room.
-            self._fail(entry.batch, full)
-            return
-        if full is not None or headers is not None or code in LATER or error.get("code") in {429, 503}:
-            # No leader, a stream that is being recovered, too much at once. All that follows waits, for the order.
-            log.debug("%s: %r again in %g s: %s", shown, name, AGAIN_S, text)
-            hint = "see the server's log"
-            entry.batch.refusal = full or TransportError("E520", f"{shown} takes no message to {name!r}: {text}", hint)
-            if not self._again:
-                self._clock.call_later(AGAIN_S, self._retry)
-            self._again.append(token)
-            return
-        if code == TOO_LARGE:
-            failure = PublishError("E313", f"message to {name!r} is too large for its stream: {text}", "send less")
+        name = entry.staged.channel.name
+        later = headers is not None or code in LATER or error.get("code") in {429, 503}
+        if later and code not in FULL:
+            self._later(token, entry, f"{self._connection.shown} takes no message to {name!r}: {text}")
         else:
-            failure = PublishError(
-                "E313",
-                f"{shown} refuses a message to {name!r}: {text}",
-                "see the limits of its stream",
-            )
-        self._fail(entry.batch, failure)
+            self._give_up(token, entry, self._refusal(code, name, text))
+
+    def _later(self, token: int, entry: _Entry, why: str) -> None:
+        """Send it again soon: no leader, a stream that is being recovered, too much at once; all that follows waits."""
+        log.debug("again in %g s: %s", AGAIN_S, why)
+        entry.batch.refusal = TransportError("E520", why, "see the server's log")
+        if not self._again:
+            self._clock.call_later(AGAIN_S, self._retry)
+        self._again.append(token)
+
+    def _refusal(self, code: int, name: str, text: str) -> TrunklineError:
+        shown = self._connection.shown
+        if code in FULL:
+            return StoreFullError("E502", f"{shown} has no room for {name!r}: {text}", "make room, or raise its limits")
+        if code == TOO_LARGE:
+            return PublishError("E313", f"message to {name!r} is too large for its stream: {text}", "send less")
+        return PublishError("E313", f"{shown} refuses a message to {name!r}: {text}", "see the limits of its stream")
+
+    def _give_up(self, token: int, entry: _Entry, error: TrunklineError) -> None:
+        """Note that one message was refused; its batch ends with the last of the others."""
+        del self._entries[token]
+        entry.batch.unsent[token] = entry.staged
+        entry.batch.refused(error)
+        entry.batch.answered()
 
     def _retry(self) -> None:
         self._queued.extendleft(sorted(self._again, reverse=True))
@@ -213,22 +241,23 @@ class Publisher:
     # --- what ends a batch otherwise ---
 
     def _fail(self, batch: _Batch, error: TrunklineError) -> None:
-        unsent = []
+        """End a batch before all of it has been answered for."""
         for token, entry in list(self._entries.items()):
             if entry.batch is batch:
                 del self._entries[token]
-                unsent.append(entry.staged)
-        error.fields["unsent"] = unsent
-        if not batch.future.done():
-            batch.future.set_exception(error)
+                batch.unsent[token] = entry.staged
+        batch.error = error
+        batch.end()
         self._recount()
 
     def _recount(self) -> None:
-        """Count what is on its way, after some of it was given up."""
+        """Count what is on its way, after some of it was given up; others have its room."""
         waiting = {*self._queued, *self._again}
         flying = [entry for token, entry in self._entries.items() if token not in waiting]
         self._flying = len(flying)
         self._flying_bytes = sum(len(entry.command) for entry in flying)
+        if self._queued:
+            self._schedule(asyncio.get_running_loop())
 
     def _expire(self) -> None:
         """Tell those whose time is over; look again as long as anything is on its way."""
@@ -250,11 +279,12 @@ class Publisher:
             self._watching = False
 
     def denied(self, subject: str, error: ConfigurationError) -> None:
-        """Fail what goes to a subject that the user may not publish to."""
-        for entry in list(self._entries.values()):
+        """Give up what goes to a subject that the user may not publish to."""
+        for token, entry in list(self._entries.items()):
             # nats-py gives what the server said in small letters.
-            if entry.subject.decode().lower() == subject and not entry.batch.future.done():
-                self._fail(entry.batch, ConfigurationError(error.code, error.message, error.hint))
+            if entry.subject.decode().lower() == subject:
+                self._give_up(token, entry, ConfigurationError(error.code, error.message, error.hint))
+        self._recount()
 
     # --- the connection ---
 
@@ -274,9 +304,13 @@ class Publisher:
     def stop(self) -> None:
         """Tell who still waits."""
         self.lost()
-        for entry in list(self._entries.values()):
-            if not entry.batch.future.done():
-                self._fail(entry.batch, TransportError("E521", f"{self._connection.shown} was left", "send it again"))
+        shown = self._connection.shown
+        for batch in {id(entry.batch): entry.batch for entry in self._entries.values()}.values():
+            if batch.sent:
+                what = f"{shown} was left before it confirmed; it may have the message"
+                self._fail(batch, TransportError("E521", what, "send it again under the same id"))
+            else:
+                self._fail(batch, TransportError("E520", f"{shown} was left before anything was sent", "send it again"))
 
     def _too_large(
         self, staged: Staged, size: int, largest: int, items: Sequence[tuple[bytes, Staged]]
