@@ -8,7 +8,7 @@ TrunklineError
 │   └── UnroutableError        no channel carries it
 ├── DecodeError          E4xx  bytes that are not the message they claim to be (never retried)
 ├── TransportError       E5xx  the broker or file did not answer
-│   ├── StoreFullError         no room left; nothing was stored
+│   ├── StoreFullError         no room left for it
 │   ├── StoreLostError         the connection to the store was lost; nothing was stored
 │   ├── FatalStoreError        the disk reported a failed write or sync; the process must stop
 │   ├── TransactionError       a statement that the handler's transaction cannot take
@@ -96,7 +96,9 @@ class TransportError(TrunklineError):
 
 
 class StoreFullError(TransportError):
-    """There is no room left on the device. The change was refused as a whole."""
+    """There is no room left, on the device or in a channel. A store has refused all of it; of a batch to a broker
+    `unsent` lists what was not confirmed.
+    """
 
 
 class StoreLostError(TransportError):

@@ -149,6 +149,42 @@ async def test_a_disk_alarm_of_rabbitmq_in_the_middle(tmp_path):
     brokers.stop(name)
 
 
+async def until_full(app):
+    """Publish Done until its queue takes no more; return the numbers that were taken, and why not the next."""
+    for number in range(10_000, 20_000):
+        try:
+            await app.publish(Done(number))
+        except StoreFullError as error:
+            return range(10_000, number), str(error)
+    pytest.fail("the queue is never full")
+
+
+@pytest.mark.xdist_group("rabbitmq")
+async def test_a_queue_of_rabbitmq_at_its_limit(tmp_path):
+    shop = Shop()
+    prefix = f"t{uuid.uuid4()}"
+    url = f"{brokers.broker_url('rabbitmq')}?prefix={prefix}"
+    limit = '{"max-length": 20, "overflow": "reject-publish"}'
+    arguments = ("--apply-to", "queues", prefix, rf"^{prefix}\.done$", limit)
+    async with App(shop.system, url, store=f"sqlite:///{tmp_path}/shop.db") as app:
+        await asyncio.to_thread(control, "rabbitmq", "set_policy", *arguments)
+        try:
+            done, said = await until_full(app)
+            # Nothing takes from `done`; the worker goes on all the same, and what it publishes waits.
+            for number in range(1, BACKLOG + 1):
+                await app.publish(Job(number))
+            await until(lambda: at_least(tmp_path, "worker", BACKLOG))
+            shop.gate.set()
+            expected = [*range(1, BACKLOG + 1), *done]
+            await until(lambda: at_least(tmp_path, "books", len(expected)))
+            assert "E502" in said
+            assert "for queue 'done': its queue is full" in said
+            assert effects(tmp_path, "worker") == expected[:BACKLOG]
+            assert effects(tmp_path, "books") == expected
+        finally:
+            await asyncio.to_thread(control, "rabbitmq", "clear_policy", prefix)
+
+
 @pytest.mark.xdist_group("nats")
 async def test_a_queue_of_nats_at_its_limit_while_connections_break(tmp_path):
     shop = Shop()

@@ -17,7 +17,7 @@ from pamqp import commands, frame, header
 from tests import brokers
 from trunkline import App, Queue, Service, Stream, Struct, Topic
 from trunkline.clock import system_clock
-from trunkline.errors import ConfigurationError, PublishError, TransportError, UnroutableError
+from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError, UnroutableError
 from trunkline.handler import make_message
 from trunkline.message import Message
 from trunkline.testing.proxy import Proxy
@@ -390,6 +390,59 @@ async def test_a_message_larger_than_a_reader_takes_is_refused_alone(url):
         assert str(results[1]).startswith("E313")
         assert results[1].unsent == [large]
         assert subjects(await received(transport, reader, 2)) == [1, 3]
+
+
+@contextlib.asynccontextmanager
+async def full(server, exchange):
+    """Bind a queue that takes one message, which it has, to the exchange of a Topic."""
+    async with raw(server) as connection:
+        channel = await connection.channel()
+        arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+        declared = commands.Queue.Declare(queue=f"{exchange}.full", exclusive=True, arguments=arguments)
+        await channel.call(declared, commands.Queue.DeclareOk)
+        bound = commands.Queue.Bind(queue=f"{exchange}.full", exchange=exchange, routing_key="")
+        await channel.call(bound, commands.Queue.BindOk)
+        await write(connection, "", f"{exchange}.full", b"")
+        yield
+
+
+async def test_a_full_queue_is_named_and_what_has_room_is_sent(url, server, prefix):
+    there, heard = Subscription("there", Queue("there")), Subscription("shop", Topic("news"))
+    async with opened(url, there, heard) as transport, full(server, f"{prefix}.news"):
+        batch = [staged(one.channel, number) for number, one in enumerate((there, heard, there, heard))]
+        with pytest.raises(
+            StoreFullError, match=r"E502 .*refused a message for topic 'news': its queue is full"
+        ) as told:
+            await transport.send(batch)
+        assert told.value.unsent == batch[1::2]
+        assert subjects(await received(transport, there, 2)) == [0, 2]
+        assert subjects(await received(transport, heard, 2)) == [1, 3]
+
+
+async def test_that_a_queue_is_full_is_told_before_that_something_is_too_large(url, server, prefix):
+    queue, topic = Queue("orders"), Topic("news")
+    async with opened(url, channels=[queue, topic]) as transport, full(server, f"{prefix}.news"):
+        batch = [staged(queue, 1, data=b'"%s"' % (b"x" * MAX_WIRE_BYTES)), staged(topic, 2)]
+        with pytest.raises(StoreFullError) as caught:
+            await transport.send(batch)
+        assert caught.value.unsent == batch
+
+
+async def test_a_stop_says_whether_anything_was_sent(url):
+    queue = Queue("orders")
+    (host, port), *_ = parse_address(url).hosts
+    async with Proxy(host, port) as proxy, opened(proxy.url(url), channels=[queue]) as transport:
+        proxy.toxics.mute = True
+        sent, kept = [staged(queue, 1), staged(queue, 2)], [staged(queue, 3), staged(queue, 4)]
+        first = asyncio.ensure_future(transport.send(sent))
+        await until(lambda: transport._publisher._under_way)
+        proxy.toxics.down = True
+        proxy.reset()
+        await until(lambda: transport._publisher._channel is None)
+        second = asyncio.ensure_future(transport.send(kept))
+        await transport.stop()
+        results = await asyncio.gather(first, second, return_exceptions=True)
+    assert [(result.code, result.unsent) for result in results] == [("E521", sent), ("E520", kept)]
 
 
 async def test_a_message_of_many_frames_arrives_whole(url):

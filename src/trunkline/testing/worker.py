@@ -20,7 +20,7 @@ import msgspec
 
 from trunkline.app import App, Running
 from trunkline.clock import Clock, Draws, system_clock
-from trunkline.errors import PublishError, StoreFullError, TransportError
+from trunkline.errors import PublishError, TransportError
 from trunkline.handler import Context
 from trunkline.policies.retry import Retry
 from trunkline.service import Service
@@ -238,7 +238,7 @@ async def outcome(publish: Any) -> Kind:
     """Await a publish; return what the ledger calls its end."""
     try:
         await publish
-    except (PublishError, StoreFullError):
+    except PublishError:
         return Kind.FAIL
     except TransportError:
         return Kind.UNKNOWN

@@ -20,7 +20,14 @@ import msgspec
 from pamqp import commands, frame
 
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, PublishError, TransportError, TrunklineError, UnroutableError
+from trunkline.errors import (
+    ConfigurationError,
+    PublishError,
+    StoreFullError,
+    TransportError,
+    TrunklineError,
+    UnroutableError,
+)
 from trunkline.transport import Staged
 from trunkline.transports.rabbitmq.client import (
     ACCESS_REFUSED,
@@ -92,6 +99,14 @@ class Group:
         self.until = until
         self.error: TrunklineError | None = None
         self.unsent: list[Staged] = []
+
+    def refused(self, error: TrunklineError) -> None:
+        """Note why a message was refused; the first reason is told, but before all that there is no room.
+
+        That one message is wrong says nothing of the others; without room others of its channel are not tried.
+        """
+        if self.error is None or (isinstance(error, StoreFullError) and not isinstance(self.error, StoreFullError)):
+            self.error = error
 
 
 class Outgoing(msgspec.Struct, gc=False, eq=False):
@@ -252,15 +267,11 @@ class Publisher:
 
     def _ended(self, message: Outgoing, *, taken: bool) -> None:
         if not taken and message.error is None:
-            message.error = TransportError(
-                "E521",
-                f"the broker refused a message for {message.route.shown}",
-                "see the broker's log, and whether the queue is full and rejects messages",
-            )
+            message.error = _no_room(message.route.shown)
         group = message.group
         group.left -= 1
         if message.error is not None:
-            group.error = message.error
+            group.refused(message.error)
             if message.staged is not None:
                 group.unsent.append(message.staged)
         if not group.left:
@@ -361,12 +372,36 @@ class Publisher:
             self._timer.cancel()
             self._timer = None
         self._channel = None
+        written = {message.group for message in self._under_way.values()}
         while self._groups:
             group = self._groups.popleft()
             if not group.done.done():
                 left = (*self._under_way.values(), *self._todo)
-                group.error = TransportError("E521", "the transport was stopped before the broker confirmed", "")
+                group.error = _left_behind(written=group in written)
                 group.unsent += [m.staged for m in left if m.group is group and m.staged is not None]
                 self._finish(group)
         self._todo.clear()
         self._under_way.clear()
+
+
+def _no_room(shown: str) -> StoreFullError:
+    """Return the error for a message that the broker answered with basic.nack.
+
+    Source: RabbitMQ, "Queue Length Limit": a queue with reject-publish has no room; "Consumer Acknowledgements and
+    Publisher Confirms": or its process has failed, which is rare. Of a Topic, other queues may have the message.
+    """
+    return StoreFullError(
+        "E502",
+        f"the broker refused a message for {shown}: its queue is full, or has failed",
+        "make room, or raise the queue's limits; the broker's log names a queue that has failed",
+    )
+
+
+def _left_behind(*, written: bool) -> TransportError:
+    """Return the error for what a stop has left."""
+    if not written:
+        return TransportError("E520", "the transport was stopped before anything was sent", "publish it again")
+    return TransportError(
+        "E521", "the transport was stopped before the broker confirmed; it may have the message",
+        "publish it again under the same id",
+    )  # fmt: skip
