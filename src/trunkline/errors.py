@@ -96,8 +96,9 @@ class TransportError(TrunklineError):
 
 
 class StoreFullError(TransportError):
-    """There is no room left, on the device or in a channel. A store has refused all of it; of a batch to a broker
-    `unsent` lists what was not confirmed.
+    """There is no room left, on the device or in a channel.
+
+    A store has refused all of it; of a batch to a broker `unsent` lists what was not confirmed.
     """
 
 
