@@ -22,6 +22,7 @@ from trunkline.message import unpack
 from trunkline.outcome import ACK, DeadLetter, RetryLater
 from trunkline.parking import Parking
 from trunkline.policies.breaker import Circuit
+from trunkline.policies.retry import describe
 from trunkline.store import Store, Unit
 from trunkline.tasks import cancel, spawn
 from trunkline.transport import LIVE, Delivery, Subscription, Transport
@@ -463,10 +464,11 @@ class Consumer:
     def _undone(self, unit: Unit, error: BaseException) -> None:
         """Nothing of `unit` was stored: do it again, before anything later of this subscription."""
         if not isinstance(error, TrunklineError):
-            # The user's statements broke a constraint at the end of the unit: a failure of the handler.
-            self._retry_unit(unit, error)
-            return
-        if _is_final(error):
+            if not _is_set_aside_for(error, unit):
+                # The user's statements broke a constraint at the end of the unit: a failure of the handler.
+                self._retry_unit(unit, error)
+                return
+        elif _is_final(error):
             self._broken = True  # the engine has stopped; the service stops with it
             self._give_room()
             return
@@ -505,6 +507,14 @@ class Consumer:
         else:
             self.lanes.add_first(redo)
         self._go_on("commit")
+
+
+def _is_set_aside_for(error: BaseException, unit: Unit) -> bool:
+    """Return whether the store refused to set `unit` aside for the very reason it was set aside for.
+
+    To set it aside once more would go on for ever, without a pause.
+    """
+    return isinstance(unit.outcome, DeadLetter) and unit.outcome.reason == describe(error)
 
 
 def _is_final(error: TrunklineError) -> bool:
