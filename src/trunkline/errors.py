@@ -9,7 +9,7 @@ TrunklineError
 ├── DecodeError          E4xx  bytes that are not the message they claim to be (never retried)
 ├── TransportError       E5xx  the broker or file did not answer
 │   ├── StoreFullError         no room left for it
-│   ├── StoreLostError         the connection to the store was lost; nothing was stored
+│   ├── StoreLostError         the store is away or refuses everything; nothing was stored
 │   ├── FatalStoreError        the disk reported a failed write or sync; the process must stop
 │   ├── TransactionError       a statement that the handler's transaction cannot take
 │   └── LeaseLostError         another process took over; the commit was refused
@@ -103,7 +103,7 @@ class StoreFullError(TransportError):
 
 
 class StoreLostError(TransportError):
-    """The connection to the store was lost in the middle of a unit of work, which is done again."""
+    """The store went away in the middle of a unit of work, or refuses what no message is to blame for: done again."""
 
 
 class FatalStoreError(TransportError):

@@ -131,6 +131,7 @@ class Parking:
             try:
                 next_due = await self._step()
             except TransportError as error:
+                self._reload = True  # it may be what failed
                 log.warning("parked messages of %s cannot be read: %s", self._subscription.label, error)
                 next_due = self._clock.now() + AGAIN_S
             if next_due is not None:

@@ -8,8 +8,9 @@ Never does: messages (transports/postgres) or inbox (stores/postgres). Read next
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import asyncpg
@@ -19,7 +20,7 @@ from trunkline.errors import LeaseLostError, TransportError
 from trunkline.postgres.members import Members
 from trunkline.postgres.schema import PROCESSES, ensure_part, in_schema
 from trunkline.postgres.sessions import Sessions
-from trunkline.postgres.settings import DRIVER_ERRORS, Settings, is_lost, translate
+from trunkline.postgres.settings import DRIVER_ERRORS, Settings, is_lost, is_of_server, translate
 from trunkline.postgres.transaction import PostgresTransaction
 from trunkline.store import DuplicateSignal, Unit
 from trunkline.tasks import spawn
@@ -242,13 +243,26 @@ class Engine:
     async def run(self, function: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         """Run `function(connection)` in a transaction of its own after what was submitted; return its result.
 
-        Raises: what `function` raises (its changes are undone), or TransportError.
+        Raises: what `function` raises (its changes are undone); TransportError, also where the server refuses.
         """
+        return cast("T", await self._enqueue_ours(_Job(function)))
+
+    async def run_users(self, function: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        """Run a function with statements of the user's, as `run` does; what the server refuses is raised as it is."""
         return cast("T", await self._enqueue(_Job(function)))
 
     async def look(self, function: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
-        """Run `function(connection)` after what was submitted, while nothing at all is being committed here."""
-        return cast("T", await self._enqueue(_Job(function, looks=True)))
+        """Run `function(connection)` after what was submitted, while nothing at all is being committed here.
+
+        Raises: as `run`.
+        """
+        return cast("T", await self._enqueue_ours(_Job(function, looks=True)))
+
+    async def _enqueue_ours(self, job: _Job) -> Any:
+        try:
+            return await self._enqueue(job)
+        except asyncpg.PostgresError as error:
+            raise translate(error, self.settings) from error
 
     async def _enqueue(self, job: _Job) -> Any:
         self._jobs.append(job)
@@ -349,27 +363,8 @@ class Engine:
             await transaction.commit()
         except BaseException as error:
             await transaction.abandon()
-            raise self._why_undone(error, transaction, unit, sent=sent) from error
+            raise transaction.why_undone(error, unit, sent=sent) from error
         await transaction.close()
-
-    def _why_undone(
-        self, error: BaseException, transaction: PostgresTransaction, unit: Unit, *, sent: bool
-    ) -> BaseException:
-        """Return what to tell about a transaction that was not, or perhaps not, committed."""
-        if isinstance(error, LeaseLostError):
-            # Not final here: the process goes on under a new number, and this message comes again.
-            return TransportError("E508", "another process has this message now")
-        if isinstance(error, asyncpg.InFailedSQLTransactionError) and transaction.failure is not None:
-            return transaction.failure
-        if sent and is_lost(error) and not unit.deliveries:
-            return TransportError(
-                "E521",
-                f"the connection to {self.settings.shown} was lost during a commit; whether it was done is not known",
-                "look for what it wrote before you do it again",
-            )
-        if is_lost(error) or isinstance(error, _IN_THE_WAY):
-            return translate(error, self.settings)
-        return error
 
     # --- the group ---
 
@@ -422,10 +417,11 @@ class Engine:
                 if is_lost(error):
                     continue
                 tries += 1
-                if isinstance(error, asyncpg.InsufficientResourcesError):
+                in_the_way = isinstance(error, _IN_THE_WAY)
+                if is_of_server(error) and not in_the_way:
                     self._fail(entries, translate(error, self.settings))
                     return
-                if not isinstance(error, _IN_THE_WAY) or tries == TRIES:
+                if not in_the_way or tries == TRIES:
                     await self._commit_halves(entries, error)
                     return
             else:
@@ -474,18 +470,10 @@ class Engine:
         if len(by_stage) == 1 and (statement := by_stage[0][0].alone(by_stage[0][1], told)) is not None:
             await self._write_at_once(*statement, told)
         elif by_stage:
-            connection = self.sessions.writing()
-            self._groups = self.members.groups
-            status = await connection.execute(self._begin_sql.format(self._groups + 1))
-            try:
-                self._check_fence(status)
+            async with self._begun() as connection:
                 for stage, units in by_stage:
                     await stage.apply(connection, units, told)
-            except BaseException as error:
-                await self._roll_back(connection, error)
-                raise
-            self._in_doubt = True
-            await self._end_group(connection, told)
+                await self._end_group(connection, told)
         self._finish(entries, told)
 
     async def _write_at_once(self, sql: str, parameters: tuple[Any, ...], rows: int, told: set[str]) -> None:
@@ -505,14 +493,34 @@ class Engine:
         self._check_fence("UPDATE 1" if status == f"INSERT 0 {rows}" else "")
         self.members.groups = groups + 1
 
+    @contextlib.asynccontextmanager
+    async def _begun(self) -> AsyncIterator[asyncpg.Connection]:
+        """Begin a transaction that counts as a group; whatever fails, its first or last statement too, is undone."""
+        connection = self.sessions.writing()
+        self._groups = self.members.groups
+        try:
+            self._check_fence(await self._execute(connection, self._begin_sql.format(self._groups + 1)))
+            yield connection
+        except BaseException as error:
+            await self._roll_back(connection, error)
+            raise
+
+    async def _execute(self, connection: asyncpg.Connection, sql: str) -> str:
+        """Run statements that write nothing of a unit: none is to blame for what they meet."""
+        try:
+            return str(await connection.execute(sql))
+        except asyncpg.PostgresError as error:
+            if is_lost(error) or isinstance(error, _IN_THE_WAY):
+                raise
+            raise translate(error, self.settings) from error
+
     async def _end_group(self, connection: asyncpg.Connection, told: set[str]) -> None:
         told |= self._told
         self._told = set()
+        self._in_doubt = True
         try:
-            await connection.execute(
-                f"{self._notify_sql(told)}; COMMIT" if told and not self.members.alone else "COMMIT"
-            )
-        except asyncpg.PostgresError as error:
+            await self._execute(connection, self._end_sql(set() if self.members.alone else told))
+        except (asyncpg.PostgresError, TransportError) as error:
             self._in_doubt = is_lost(error)
             raise
         self._in_doubt = False
@@ -600,18 +608,11 @@ class Engine:
             self._gate.set()
 
     async def _run_in_transaction(self, job: _Job) -> Any:
-        connection = self.sessions.writing()
-        groups = self.members.groups
-        status = await connection.execute(self._begin_sql.format(groups + 1))
-        try:
-            self._check_fence(status)
+        async with self._begun() as connection:
             result = await job.function(connection)
-        except BaseException as error:
-            await self._roll_back(connection, error)
-            raise
-        told, self._told = self._told, set()
-        await connection.execute(f"{self._notify_sql(told)}; COMMIT" if told else "COMMIT")
-        self.members.groups = groups + 1
+            told, self._told = self._told, set()
+            await self._execute(connection, self._end_sql(told))
+        self.members.groups = self._groups + 1
         if told:
             self._changed(told)
         return result
@@ -628,6 +629,9 @@ class Engine:
         Words are ours or numbers, so nothing is to be escaped.
         """
         return f"SELECT pg_notify('{self.sessions.channel}', '{self._words(told)}')"
+
+    def _end_sql(self, told: Collection[str]) -> str:
+        return f"{self._notify_sql(told)}; COMMIT" if told else "COMMIT"
 
     def _words(self, told: Collection[str]) -> str:
         words = ",".join(sorted(told))

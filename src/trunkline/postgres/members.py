@@ -102,7 +102,7 @@ class Members:
                     beaten = engine.clock.monotonic()
                     await engine.run(self._beat)
                 await self.sweep()
-            except (TransportError, asyncpg.PostgresError) as error:
+            except TransportError as error:
                 log.warning("keeping the lease of %s failed: %s", engine.settings.shown, error)
 
     async def _beat(self, connection: asyncpg.Connection) -> None:

@@ -41,6 +41,13 @@ DRIVER_ERRORS = (
     asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError, AttributeError,
 )  # fmt: skip
 """Whatever a statement can meet; an AttributeError, see _GONE."""
+OF_MACHINE = (
+    *_DISCONNECTED, asyncpg.InsufficientResourcesError, asyncpg.PostgresSystemError, asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+)  # fmt: skip
+"""What no statement is to blame for, whoever wrote it: no room, no memory, a restart, others in the way."""
+_OF_VALUES = ("22", "23", "54")
+"""Classes of SQLSTATE that what is written is to blame for: data, constraints, limits."""
 _GONE = re.compile("'NoneType' object has no attribute '(bind_execute|execute|prepare|query|close_statement)")
 """What asyncpg says when its connection breaks between two steps of one statement."""
 _CLOSED = re.compile("closed|released|cannot perform operation: connection", re.IGNORECASE)
@@ -224,6 +231,16 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, _DISCONNECTED)
 
 
+def is_of_server(error: BaseException) -> bool:
+    """Return whether what a statement of ours met is the fault of no message: others would meet it as well.
+
+    So it is with whatever the server says (a missing permission or table, no room) that is not about what was written.
+    """
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "")[:2] not in _OF_VALUES
+    return is_lost(error)
+
+
 def translate(error: BaseException, settings: Settings) -> TransportError:
     """Return what a failed statement of ours means to whoever waits.
 
@@ -237,4 +254,5 @@ def translate(error: BaseException, settings: Settings) -> TransportError:
         return StoreFullError("E502", f"no room left for {settings.shown}", "free disk space; nothing was stored")
     if is_lost(error):
         return StoreLostError("E520", f"the connection to {settings.shown} was lost: {error}", "it is made again")
-    return TransportError("E506", f"{settings.shown} refused a statement: {error}")
+    kind = StoreLostError if is_of_server(error) else TransportError
+    return kind("E506", f"{settings.shown} refused a statement: {error}")

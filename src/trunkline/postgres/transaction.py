@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from trunkline.errors import TransactionError
-from trunkline.postgres.settings import DRIVER_ERRORS, Settings, is_lost, translate
+from trunkline.errors import LeaseLostError, TransactionError, TransportError
+from trunkline.postgres.settings import DRIVER_ERRORS, OF_MACHINE, Settings, is_lost, is_of_server, translate
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from trunkline.store import Unit
 
 _LEAD = r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/|;)*"
 _ENDS = re.compile(
@@ -194,6 +196,27 @@ class PostgresTransaction:
             if not self._is_gone():
                 connection.terminate()
         await self.close()
+
+    def why_undone(self, error: BaseException, unit: Unit, *, sent: bool) -> BaseException:
+        """Return what to tell about `unit`, whose transaction was not, or perhaps not, committed.
+
+        Args:
+            sent: whether the commit was asked for. Before it only statements of ours are run, with what the handler
+                left behind; the commit itself checks what the user's statements put off.
+        """
+        if isinstance(error, LeaseLostError):
+            # Not final here: the process goes on under a new number, and this message comes again.
+            return TransportError("E508", "another process has this message now")
+        if isinstance(error, asyncpg.InFailedSQLTransactionError):
+            return self.failure or error
+        if sent and is_lost(error) and not unit.deliveries:
+            return TransportError(
+                "E521",
+                f"the connection to {self._settings.shown} was lost during a commit; whether it was done is not known",
+                "look for what it wrote before you do it again",
+            )
+        ours = isinstance(error, OF_MACHINE) or is_lost(error) if sent else is_of_server(error)
+        return translate(error, self._settings) if ours else error
 
     def _is_gone(self) -> bool:
         """Return whether the connection was closed: then the pool has taken it back by itself."""

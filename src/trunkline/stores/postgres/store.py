@@ -127,7 +127,7 @@ class PostgresStore:
                 await connection.execute(statement)
 
         if statements:
-            await self.engine.run(run)
+            await self.engine.run_users(run)
 
     async def _fetch(self, sql: str, *parameters: Any) -> list[Any]:
         return await self.engine.fetch(self.engine.sql(sql), *parameters)

@@ -467,7 +467,7 @@ class PostgresTransport:
             self._balance_due.clear()
             try:
                 await self._balance()
-            except (TransportError, asyncpg.PostgresError) as error:
+            except TransportError as error:
                 log.warning("sharing the partitions of %s failed: %s", self._settings.shown, error)
 
     async def _balance(self) -> None:
