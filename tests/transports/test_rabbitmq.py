@@ -666,6 +666,35 @@ async def test_backlog_counts_what_waits_and_what_is_under_way(url):
         assert (backlog.waiting, backlog.in_flight) == (0, 0)
 
 
+class Deaf:
+    """A connection to a broker that answers nothing."""
+
+    def __init__(self):
+        self.written, self.dropped = [], []
+        self.write, self.drop, self.forget = self.written.append, self.dropped.append, lambda _number: None
+
+
+async def test_nothing_is_written_to_a_channel_that_is_being_closed(monkeypatch):
+    monkeypatch.setattr("trunkline.transports.rabbitmq.client.CHANNEL_CLOSE_S", 0.05)
+    connection = Deaf()
+    channel = Channel(connection, 7)
+    consuming = asyncio.create_task(channel.consume("log", "s", 1))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(channel.close())
+    await asyncio.sleep(0)
+    asked = len(connection.written)
+    channel.ack(1)
+    channel.give_back(2)
+    await channel.close()
+    with pytest.raises(AmqpError, match="being closed"):
+        await channel.cancel("s")
+    await closing
+    with pytest.raises(AmqpError, match="the channel is closed"):
+        await consuming
+    assert (asked, len(connection.written)) == (2, 2), "what comes after the close ends the whole connection"
+    assert "was not closed" in connection.dropped[0].text
+
+
 # --- streams ---
 
 

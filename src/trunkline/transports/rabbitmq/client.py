@@ -44,6 +44,8 @@ _CLOSE, _CLOSE_OK, _BLOCKED, _UNBLOCKED = 0xA0032, 0xA0033, 0xA003C, 0xA003D
 ACCESS_REFUSED, NOT_FOUND, LOCKED, PRECONDITION_FAILED, NOT_ALLOWED = 403, 404, 405, 406, 530
 """Reply codes (AMQP 0-9-1 §1.2)."""
 _NOT_AMQP = "what came is not AMQP 0-9-1"
+CHANNEL_CLOSE_S = 5.0
+"""How long a channel waits for the broker to close it."""
 CLOSE_S = 2.0
 """How long the broker's farewell is waited for."""
 
@@ -114,6 +116,7 @@ class Channel:
         self.returned: Callable[[Returned], None] = ignore
         self.closed: Callable[[AmqpError], None] = connection.drop
         self.error: AmqpError | None = None
+        self._closing = False
         self._calls: deque[asyncio.Future[Any]] = deque()
         self._batch: list[Arrived] = []
         self._head: tuple[bytes, int, bool] | Returned | None = None
@@ -131,13 +134,18 @@ class Channel:
         """
         if self.error is not None:
             raise self.error
-        future: asyncio.Future[F] = asyncio.get_running_loop().create_future()
-        self._calls.append(future)
-        self.connection.write(frame.marshal(request, self.number))
-        found = await future
+        if self._closing:
+            raise AmqpError(0, "the channel is being closed")
+        found = await self._ask(request)
         if not isinstance(found, answer):
             raise AmqpError(0, f"{type(found).__name__} came as an answer to {type(request).__name__}")
         return found
+
+    def _ask(self, request: Frame) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls.append(future)
+        self.connection.write(frame.marshal(request, self.number))
+        return future
 
     async def consume(self, queue: str, consumer: str, prefetch: int, arguments: dict[str, Any] | None = None) -> None:
         """Have what is in a queue delivered.
@@ -168,20 +176,28 @@ class Channel:
 
     def ack(self, tag: int, *, below: bool = False) -> None:
         """Acknowledge a delivery, with `below` all before it too."""
-        if self.error is None:
+        if self.error is None and not self._closing:
             self.connection.write(_ack(_METHOD, self.number, 13, _ACK, tag, below, _END))
 
     def give_back(self, tag: int) -> None:
         """Let the broker deliver it again, to whoever asks."""
-        if self.error is None:
+        if self.error is None and not self._closing:
             self.connection.write(_ack(_METHOD, self.number, 13, _NACK, tag, 2, _END))  # bit 1: requeue
 
     async def close(self) -> None:
-        """Close the channel; what is unacknowledged goes back. Nothing is raised if it is closed already."""
-        if self.error is None:
+        """Close the channel; what is unacknowledged goes back. Nothing is raised if it is closed already.
+
+        Nothing more is written to it: what came to the broker after this would end the whole connection. One that does
+        not answer ends with its connection.
+        """
+        if self.error is None and not self._closing:
+            self._closing = True
             request = commands.Channel.Close(reply_code=200, reply_text="", class_id=0, method_id=0)
             try:
-                await self.call(request, commands.Channel.CloseOk)
+                async with asyncio.timeout(CHANNEL_CLOSE_S):
+                    await self._ask(request)
+            except TimeoutError:
+                self.connection.drop(AmqpError(0, f"channel {self.number} was not closed in {CHANNEL_CLOSE_S:g} s"))
             except AmqpError as error:
                 log.debug("channel %d was closed already: %s", self.number, error)
             self.end(AmqpError(0, "the channel is closed"))
