@@ -28,7 +28,7 @@ class Setup:
 
     scheme: str
     broker: str | None = None
-    store: str | None = "sqlite:///store.db?lease_s=8"
+    store: str | None = "sqlite:///store.db"
     options: str = ""
     setting: str = ""
     slow: float = 1.0
