@@ -233,6 +233,12 @@ def test_an_envelope_without_a_type_is_refused(raw):
         edited(row(raw), Change(b"{}", ""))
 
 
+def test_json_that_is_nested_too_deeply_is_shown_as_it_is():
+    from trunkline.cli.dead_view import _shown
+
+    assert _shown(b"[" * 2000 + b"]" * 2000).strip().startswith("[[[[")
+
+
 def test_a_difference_of_kind_is_a_difference():
     assert difference({"a": True}, {"a": 1}) == ["data.a: true -> 1"]
     assert difference([1], [1, 2]) == ["data: [1] -> [1,2]"]
