@@ -398,8 +398,7 @@ class App:
 
         Raises: as `publish`.
         """
-        if not self._is_up:
-            self._check_up()
+        self._check_up()
         made = [make_message(payload, self.clock, self.system.name, None, None, None, {}) for payload in payloads]
         await self.transport.send(made)
         return [staged.message.id for staged in made]
@@ -421,8 +420,7 @@ class App:
 
         Raises: TransportError if it was refused, E520 before the start and after the stop.
         """
-        if not self._is_up:
-            self._check_up()
+        self._check_up()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         unit = Unit((), partial(resolve, future))
         unit.staged = tuple(staged)
@@ -534,12 +532,12 @@ class Running:
         )
         try:
             yield context
+            self.app._check_up()  # noqa: SLF001 - as above
         except BaseException:
             unit.end_context()
             await self.app.store.rollback(unit)
             raise
         unit.end_context()
-        self.app._check_up()  # noqa: SLF001 - its other half
         self.app.store.submit(unit)
         await future
 

@@ -21,7 +21,7 @@ import msgspec
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, TransportError, TrunklineError
+from trunkline.errors import ConfigurationError, StoreFullError, TransportError, TrunklineError
 from trunkline.message import Message
 
 if TYPE_CHECKING:
@@ -100,6 +100,15 @@ class Staged(msgspec.Struct, frozen=True, gc=False):
     message: Message
     due: float | None = None
     fresh: bool = False
+
+
+def told_first(before: TrunklineError | None, error: TrunklineError) -> TrunklineError:
+    """Return what the caller of a batch is told: the first refusal, but before all that there is no room.
+
+    That one message is wrong says nothing of the others; without room others of its channel are not tried.
+    """
+    no_room = isinstance(error, StoreFullError) and not isinstance(before, StoreFullError)
+    return error if before is None or no_room else before
 
 
 class Backlog(msgspec.Struct, frozen=True):

@@ -108,6 +108,11 @@ def decode(body: bytes, headers: Callable[[], Mapping[str, str]], plain: Plain |
         return _decode_slowly(body, headers(), plain)
 
 
+def header_text(value: bytes) -> str:
+    """Return a header's bytes as text; what is no UTF-8 is escaped, for `decode` to refuse."""
+    return value.decode("utf-8", "surrogateescape")
+
+
 def why_unread(error: DecodeError) -> tuple[str, str]:
     """Return code and text of what `decode` refused, as a Delivery tells them."""
     return error.code, f"{error.message}; {error.hint}" if error.hint else error.message
@@ -130,7 +135,7 @@ def _decode_slowly(body: bytes, headers: Mapping[str, str], plain: Plain | None)
 def _binary_attributes(headers: Mapping[str, str]) -> dict[str, str] | None:
     """Return the attributes of a binary-mode event, or None if it is none.
 
-    Raises: DecodeError E404 for one that is no UTF-8 (read with `surrogateescape`, or an identity in which a client has
+    Raises: DecodeError E404 for one that is no UTF-8 (see `header_text`, or an identity in which a client has
         replaced something, for two could become one), E405 if they are too large.
     """
     found: dict[str, str] = {}

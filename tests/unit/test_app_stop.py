@@ -95,3 +95,20 @@ async def test_a_unit_of_work_that_ends_after_the_stop_is_refused(tmp_path):
 
     with pytest.raises(TransportError, match=r"E520 .*after the stop"):
         await unit()
+
+
+async def test_a_unit_of_work_that_outlives_its_app_gives_the_transaction_back(tmp_path):
+    service = Service("late")
+    service.schema("CREATE TABLE note (number INTEGER)")
+    async with App(service, f"sqlite:///{tmp_path}/stop.db") as app:
+
+        async def unit():
+            async with app.running(service).unit_of_work() as unit:
+                await (await unit.transaction()).execute("INSERT INTO note VALUES (1)")
+                app._is_up = False  # as while it stops
+
+        with pytest.raises(TransportError, match="E520"):
+            await unit()
+        app._is_up = True
+        async with asyncio.timeout(5):
+            await app.publish(Late(1))  # nobody holds the file

@@ -21,6 +21,19 @@ def job():
     return Job
 
 
+def listening(*types):
+    """Return a service that takes messages of these types, and the list of the numbers that it was handed."""
+    service, seen = Service("worker"), []
+
+    for cls in types:
+
+        @service.handle
+        async def note(message: cls) -> None:
+            seen.append(message.number)
+
+    return service, seen
+
+
 class Picky:
     """A transport's `send` that refuses some messages, for good or for now."""
 
@@ -54,12 +67,7 @@ async def run(service, job, tmp_path, clock, refuse, check) -> None:
     "error", [PublishError("E313", "too large"), ConfigurationError("E207", "its channel exists otherwise")], ids=str
 )
 async def test_a_message_the_broker_refuses_waits_and_stands_in_nobodys_way(job, tmp_path, clock, caplog, error):
-    seen: list[int] = []
-    service = Service("worker")
-
-    @service.handle
-    async def work(job: job) -> None:
-        seen.append(job.number)
+    service, seen = listening(job)
 
     async def check(picky) -> None:
         await until(lambda: seen == [1, 3])
@@ -72,12 +80,7 @@ async def test_a_message_the_broker_refuses_waits_and_stands_in_nobodys_way(job,
 
 
 async def test_while_the_broker_does_not_answer_everything_waits_in_order(job, tmp_path, clock):
-    seen: list[int] = []
-    service = Service("worker")
-
-    @service.handle
-    async def work(job: job) -> None:
-        seen.append(job.number)
+    service, seen = listening(job)
 
     async def check(picky) -> None:
         picky.refuse = lambda _data: None
@@ -122,12 +125,7 @@ async def relayed(service, store, clock, refuse, payloads, check) -> None:
 
 
 async def test_what_the_broker_has_confirmed_of_a_batch_that_failed_is_not_sent_again(job, store, clock):
-    seen: list[int] = []
-    service = Service("worker")
-
-    @service.handle
-    async def work(job: job) -> None:
-        seen.append(job.number)
+    service, seen = listening(job)
 
     async def check(partly) -> None:
         await until(lambda: seen == [1, 3])
@@ -150,16 +148,7 @@ async def test_a_channel_without_room_keeps_its_order_and_holds_back_no_other(jo
     class Small(Struct):
         number: int
 
-    seen: list[int] = []
-    service = Service("worker")
-
-    @service.handle
-    async def work(job: job) -> None:
-        seen.append(job.number)
-
-    @service.handle
-    async def wait(job: Small) -> None:
-        seen.append(job.number)
+    service, seen = listening(job, Small)
 
     async def check(partly) -> None:
         await until(lambda: seen == [8, 9])
@@ -184,16 +173,7 @@ async def test_a_channel_without_room_and_a_message_too_large_hold_back_no_other
     class Full(Struct):
         number: int
 
-    seen: list[int] = []
-    service = Service("worker")
-
-    @service.handle
-    async def work(job: job) -> None:
-        seen.append(job.number)
-
-    @service.handle
-    async def wait(job: Full) -> None:
-        seen.append(job.number)
+    service, seen = listening(job, Full)
 
     async def check(partly) -> None:
         await until(lambda: seen == [7])

@@ -18,7 +18,7 @@ def text_headers(record: Message) -> dict[str, str]:
     """Return the headers of a record; what is no UTF-8 is escaped, for wire.py to refuse."""
     headers: Any = record.headers()
     return {
-        name: value if isinstance(value, str) else str(value, "utf-8", "surrogateescape")
+        name: value if isinstance(value, str) else wire.header_text(value)
         for name, value in headers or ()
         if value is not None
     }

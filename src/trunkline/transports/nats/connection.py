@@ -23,6 +23,7 @@ from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, TransportError, TrunklineError
 from trunkline.link import Link, Options
 from trunkline.transport import Address
+from trunkline.wire import header_text
 
 log = logging.getLogger("trunkline.transport.nats")
 
@@ -441,7 +442,7 @@ def parse_headers(raw: bytes | None) -> dict[str, str]:
     for line in raw.split(b"\r\n")[1:]:
         name, colon, value = line.partition(b":")
         if colon:
-            found[name.strip().decode("utf-8", "surrogateescape")] = value.strip().decode("utf-8", "surrogateescape")
+            found[header_text(name.strip())] = header_text(value.strip())
     return found
 
 

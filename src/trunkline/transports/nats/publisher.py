@@ -18,7 +18,7 @@ import msgspec
 from trunkline.clock import Clock
 from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError, TrunklineError
 from trunkline.message import Message
-from trunkline.transport import Staged
+from trunkline.transport import Staged, told_first
 from trunkline.transports.nats.connection import Connection
 from trunkline.wire import CONTENT_TYPE, MAX_WIRE_BYTES, encode
 
@@ -62,14 +62,6 @@ class _Batch:
         self.refusal: TransportError | None = None
         self.error: TrunklineError | None = None
         self.unsent: dict[int, Staged] = {}
-
-    def refused(self, error: TrunklineError) -> None:
-        """Note why a message was refused; the first reason is told, but before all that there is no room.
-
-        That one message is wrong says nothing of the others; without room others of its channel are not tried.
-        """
-        if self.error is None or (isinstance(error, StoreFullError) and not isinstance(self.error, StoreFullError)):
-            self.error = error
 
     def answered(self) -> None:
         """Count a message that was confirmed or refused."""
@@ -230,7 +222,7 @@ class Publisher:
         """Note that one message was refused; its batch ends with the last of the others."""
         del self._entries[token]
         entry.batch.unsent[token] = entry.staged
-        entry.batch.refused(error)
+        entry.batch.error = told_first(entry.batch.error, error)
         entry.batch.answered()
 
     def _retry(self) -> None:

@@ -28,7 +28,7 @@ from trunkline.errors import (
     TrunklineError,
     UnroutableError,
 )
-from trunkline.transport import Staged
+from trunkline.transport import Staged, told_first
 from trunkline.transports.rabbitmq.client import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -99,14 +99,6 @@ class Group:
         self.until = until
         self.error: TrunklineError | None = None
         self.unsent: list[Staged] = []
-
-    def refused(self, error: TrunklineError) -> None:
-        """Note why a message was refused; the first reason is told, but before all that there is no room.
-
-        That one message is wrong says nothing of the others; without room others of its channel are not tried.
-        """
-        if self.error is None or (isinstance(error, StoreFullError) and not isinstance(self.error, StoreFullError)):
-            self.error = error
 
 
 class Outgoing(msgspec.Struct, gc=False, eq=False):
@@ -271,7 +263,7 @@ class Publisher:
         group = message.group
         group.left -= 1
         if message.error is not None:
-            group.refused(message.error)
+            group.error = told_first(group.error, message.error)
             if message.staged is not None:
                 group.unsent.append(message.staged)
         if not group.left:

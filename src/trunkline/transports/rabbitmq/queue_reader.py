@@ -18,7 +18,7 @@ from trunkline.inflow import Inflow
 from trunkline.message import Message
 from trunkline.transport import Delivery, Subscription
 from trunkline.transports.rabbitmq.client import Arrived, Channel, Connection
-from trunkline.wire import Plain, decode, why_unread
+from trunkline.wire import Plain, decode, header_text, why_unread
 
 log = logging.getLogger("trunkline.rabbitmq")
 
@@ -42,7 +42,7 @@ def _text(value: object) -> str:
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, (bytes, bytearray)):
-        return bytes(value).decode("utf-8", "surrogateescape")
+        return header_text(bytes(value))
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)

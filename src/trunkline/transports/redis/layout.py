@@ -13,7 +13,7 @@ from trunkline.channel import Channel, Queue, Stream
 from trunkline.errors import DecodeError
 from trunkline.message import Message
 from trunkline.transport import Subscription
-from trunkline.wire import Plain, decode, why_unread
+from trunkline.wire import Plain, decode, header_text, why_unread
 
 FIELD = b"e"
 """The one field of an entry that Trunkline writes: a CloudEvent in its JSON format."""
@@ -115,9 +115,7 @@ def read_entry(
             return decode(body, dict), None, None
         except DecodeError as error:
             return None, body, why_unread(error)
-    found = {
-        name.decode("utf-8", "surrogateescape"): value for name, value in zip(fields[::2], fields[1::2], strict=False)
-    }
+    found = {header_text(name): value for name, value in zip(fields[::2], fields[1::2], strict=False)}
     name = next((name for name in ("e", *BODIES) if name in found), next(iter(found), ""))
     body = found.pop(name, b"")
     ms = int(entry_id.partition(b"-")[0])
@@ -131,4 +129,4 @@ def read_entry(
 
 
 def _headers(found: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: value.decode("utf-8", "surrogateescape") for name, value in found.items()}
+    return {name: header_text(value) for name, value in found.items()}
