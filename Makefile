@@ -5,7 +5,8 @@ PYTHON_BIN := .venv/bin
 FAST_TESTS := $(wildcard tests/unit tests/docs tests/structure)
 # Of these, those that start a process for each command of a user: a minute and a half by themselves.
 PROCESS_TESTS := tests/unit/cli tests/docs/test_code_blocks.py tests/unit/testing/simulator/test_determinism.py
-TEST_WORKERS ?= 2
+# More than cores: half of the time a test waits for a broker.
+TEST_WORKERS ?= 3
 BROKERS ?= rabbitmq redis nats postgres kafka
 
 .DEFAULT_GOAL := help
@@ -35,7 +36,7 @@ lint: setup
 check: lint ## style, types, imports and the fast tests, in a minute; needs no servers
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS) $(PROCESS_TESTS:%=--ignore=%)
 
-test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; about 25 minutes on two cores
+test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; about 20 minutes on two cores
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
 
 bench: setup ## all benchmarks, or one suite (SUITE=embedded)

@@ -163,8 +163,13 @@ class Cluster:
                     found[name] = len(described.partitions)
         return found
 
+    def brokers_known(self) -> list[int]:
+        """Return the numbers of the brokers that are up."""
+        found = self.patiently(lambda: self._client.list_topics(timeout=self._try_s), "looking at its brokers")
+        return list(found.brokers)
+
     def _create(self, missing: Mapping[str, Channel]) -> None:
-        brokers = len(self._client.list_topics(timeout=self._settings.timeout_s).brokers)
+        brokers = len(self.brokers_known())
         copies = self._settings.replication or min(COPIES, brokers)
         new = [self._new_topic(topic, channel, copies) for topic, channel in missing.items()]
 

@@ -30,7 +30,7 @@ from trunkline.transport import Address, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.judgement import TopicFacts, judge_brokers, judge_topic
 from trunkline.transports.kafka.records import plain_of, text_headers
-from trunkline.transports.kafka.settings import client_log, failure, read_settings
+from trunkline.transports.kafka.settings import ClusterState, client_log, failure, read_settings, refusal
 
 BATCH = 500
 POLL_S = 0.3
@@ -41,9 +41,8 @@ class Looking(Cluster):
 
     def brokers(self) -> tuple[int, dict[str, str]]:
         """Return how many brokers there are, and the settings of one of them; none where they are not told."""
-        found = self._client.list_topics(timeout=self._settings.timeout_s)
-        first = min(found.brokers)
-        return len(found.brokers), self._settings_of(ConfigResource(ResourceType.BROKER, str(first)))
+        found = self.brokers_known()
+        return len(found), self._settings_of(ConfigResource(ResourceType.BROKER, str(min(found))))
 
     def topic(self, name: str) -> TopicFacts | None:
         """Return how a topic is set, or None if there is none."""
@@ -75,6 +74,7 @@ class KafkaInspector:
 
     def __init__(self, address: Address, clock: Clock) -> None:
         self._settings = read_settings(address)
+        self._clock = clock
         self._cluster = Looking(self._settings, clock)
 
     async def open(self) -> None:
@@ -134,36 +134,70 @@ class KafkaInspector:
         ends = {} if follow else await offload(self._cluster.ends, topic, facts.partitions)
         consumer = await offload(self._assigned, topic, facts.partitions, from_start or not follow)
         left = {number for number, end in ends.items() if end > 0}
+        state = ClusterState(self._settings, f"topic {topic}")
+        heard = self._clock.monotonic()
         try:
             while follow or left:
                 records = await offload(consumer.consume, BATCH, POLL_S)
                 for record in sorted(records, key=lambda one: one.timestamp()[1]):
-                    if record.error() is None:
+                    if self._is_record(record, state):
+                        heard = self._clock.monotonic()
                         yield _seen(record, channel.plain)
-                left -= await offload(_passed, consumer, topic, ends)
+                if not follow:
+                    left -= {record.partition() for record in records if _is_last(record, ends)}
+                    self._check_heard(heard, topic)
         finally:
             await offload(consumer.close)
 
     def _assigned(self, topic: str, partitions: int, whole: bool) -> Consumer:  # noqa: FBT001
-        consumer = Consumer(
-            self._settings.client
-            | {"group.id": f"{self._settings.prefix}.look", "enable.auto.commit": False, "auto.offset.reset": "latest"},
-            logger=client_log,
-        )
+        looking = {
+            "group.id": f"{self._settings.prefix}.look",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "latest",
+        }
+        consumer = Consumer(self._settings.client | looking, logger=client_log)
         offset = OFFSET_BEGINNING if whole else OFFSET_END
         consumer.assign([TopicPartition(topic, number, offset) for number in range(partitions)])
         return consumer
 
+    def _is_record(self, record: Message, state: ClusterState) -> bool:
+        """Tell records from what the client tells beside them; it gets over a lost connection by itself.
 
-def _passed(consumer: Consumer, topic: str, ends: dict[int, int]) -> set[int]:
-    """Return the partitions that were read up to their ends, or hold nothing any more."""
-    places = consumer.position([TopicPartition(topic, number) for number in ends])
-    passed = {place.partition for place in places if place.offset >= ends[place.partition]}
-    for number in set(ends) - passed:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=5.0)
-        if low >= high:
-            passed.add(number)
-    return passed
+        Raises: ConfigurationError for what somebody has to mend.
+        """
+        error = record.error()
+        if error is None:
+            return True
+        if (refused := refusal(error, self._settings.shown)) is not None:
+            raise refused
+        if not _is_end(error):
+            state.note(error)
+        return False
+
+    def _check_heard(self, heard: float, topic: str) -> None:
+        """Refuse to wait for ever for what is known to be there.
+
+        Raises: TransportError E522.
+        """
+        if self._clock.monotonic() - heard > self._settings.timeout_s:
+            raise TransportError(
+                "E522", f"{self._settings.shown}: topic {topic} was not read to its end: nothing came for"
+                f" {self._settings.timeout_s:g} s", "see the broker's log, then look again",
+            )  # fmt: skip
+
+
+def _is_last(record: Message, ends: dict[int, int]) -> bool:
+    """Return whether a partition was read up to where it ended: what is there may end before, or be gone."""
+    error = record.error()
+    if error is not None:
+        return _is_end(error)
+    number, offset = record.partition(), record.offset()
+    return number is not None and offset is not None and offset + 1 >= ends[number]
+
+
+def _is_end(error: KafkaError) -> bool:
+    return error.code() == KafkaError._PARTITION_EOF  # noqa: SLF001
 
 
 def _seen(record: Message, plain: str | None) -> Seen:
