@@ -1,9 +1,11 @@
 """A broker that runs full under load: it says so, what it has confirmed is handled once, and all goes on with room."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from trunkline.transport import parse_address
 
 pytestmark = pytest.mark.timeout(120)
 BACKLOG = 300
+ROOT = Path(__file__).parents[2]
 
 
 jobs, done = Queue("jobs"), Queue("done")
@@ -37,8 +40,8 @@ class Done(Struct):
 class Shop:
     """Two services: `worker` notes each Job and answers with Done, `books` notes those once its gate is open."""
 
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
+    def __init__(self, gate=None) -> None:
+        self.gate = gate or asyncio.Event()
         self.worker, self.books = Service("worker"), Service("books")
         self.system = System("shop", [self.worker, self.books])
         for service in self.system.services:
@@ -220,3 +223,99 @@ async def test_a_queue_of_nats_at_its_limit_while_connections_break(tmp_path):
                 while (await stream.stream_info(name)).state.messages:  # acknowledged after the commit
                     await asyncio.sleep(0.05)
             await client.close()
+
+
+# --- several processes ---
+
+SHOP = """
+import asyncio
+from pathlib import Path
+
+from tests.transports.test_full_brokers import Shop
+
+
+class Gate:
+    async def wait(self):
+        while not Path("open").exists():
+            await asyncio.sleep(0.05)
+
+
+shop = Shop(Gate())
+system = shop.system
+"""
+
+
+@contextlib.asynccontextmanager
+async def limited_by_policy(server, prefix):
+    """Give the queue `done` of a RabbitMQ a limit."""
+    limit = '{"max-length": 20, "overflow": "reject-publish"}'
+    await asyncio.to_thread(
+        control, "rabbitmq", "set_policy", "--apply-to", "queues", prefix, rf"^{prefix}\.done$", limit
+    )
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(control, "rabbitmq", "clear_policy", prefix)
+
+
+@contextlib.asynccontextmanager
+async def limited_by_stream(server, prefix):
+    """Give the queue `done` of a NATS server a limit."""
+    client = await nats.connect(server)
+    stream = client.jetstream()
+    limited = next(info.config for info in await stream.streams_info() if f"{prefix}.q.done" in info.config.subjects)
+    limited.max_bytes = 20_000
+    await stream.update_stream(limited)
+    yield
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "limited"),
+    [
+        pytest.param("rabbitmq", limited_by_policy, marks=pytest.mark.xdist_group("rabbitmq")),
+        pytest.param("nats", limited_by_stream, marks=pytest.mark.xdist_group("nats")),
+    ],
+)
+async def test_a_process_is_killed_while_the_queue_that_it_and_another_send_to_is_full(name, limited, tmp_path):
+    (tmp_path / "shop.py").write_text(SHOP)
+    server, prefix = brokers.broker_url(name), f"t{uuid.uuid4().hex}"
+    url = f"{server}?prefix={prefix}&timeout_s=5{'&lease_s=2' if name == 'nats' else ''}"
+    async with contextlib.AsyncExitStack() as stack:
+        first, second = (stack.enter_context(running(tmp_path, url, log)) for log in ("first.log", "second.log"))
+        for log in ("first.log", "second.log"):
+            await until(lambda log=log: "runs on" in (tmp_path / log).read_text())
+        await stack.enter_async_context(limited(server, prefix))
+        outside = await stack.enter_async_context(App(Service("outside"), url, store="none:"))
+        done, _ = await until_full(outside)
+        for number in range(BACKLOG):
+            await outside.publish(Job(number))
+        await until(lambda: at_least(tmp_path, "worker", BACKLOG))
+        await until(lambda: "the outbox waits with done" in (tmp_path / "first.log").read_text())
+        first.kill()
+        for number in range(BACKLOG, 2 * BACKLOG):
+            await outside.publish(Job(number))
+        await until(lambda: at_least(tmp_path, "worker", 2 * BACKLOG))
+        assert not effects(tmp_path, "books")
+        (tmp_path / "open").touch()
+        expected = [*range(2 * BACKLOG), *done]
+        await until(lambda: at_least(tmp_path, "books", len(expected)))
+        assert second.poll() is None
+    assert effects(tmp_path, "worker") == expected[: 2 * BACKLOG]
+    assert effects(tmp_path, "books") == expected
+
+
+@contextlib.contextmanager
+def running(folder, url, log):
+    """Run the shop of `folder` in a process of its own."""
+    command = [sys.executable, "-m", "trunkline.cli", "run", "shop:system"]
+    with (folder / log).open("wb") as told:
+        process = subprocess.Popen(
+            [*command, "--transport", url, "--store", f"sqlite:///{folder}/shop.db"],
+            cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=told, stderr=told,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
