@@ -83,3 +83,29 @@ async def test_a_broker_that_is_lost_while_its_topic_is_read_is_named(url, serve
         with pytest.raises(TransportError, match=f"E522 .*{topic} was not read to its end: nothing came for 3 s"):
             await read_all(inspector)
         await inspector.close()
+
+
+async def test_a_lost_broker_is_named_while_its_topic_is_followed(url, servers, topic, prefix, caplog):
+    port = url.rpartition(":")[2]
+    async with Front(int(port)) as front:
+        inspector = KafkaInspector(parse_address(f"{url.replace(port, str(front.port))}?prefix={prefix}"), system_clock)
+        await inspector.open()
+        following = inspector.read(EVENTS, from_start=True, follow=True)
+        await asyncio.to_thread(produce_in_a_transaction, servers, topic, b"1")
+        assert (await anext(following)).message.data == b"1"
+        seen = asyncio.create_task(anext(following))
+        await front.stop()
+        await until(lambda: f"topic {topic}: no broker of kafka:" in caplog.text)
+        await front.start()
+        await asyncio.to_thread(produce_in_a_transaction, servers, topic, b"2")
+        async with asyncio.timeout(30):
+            assert (await seen).message.data == b"2"
+        assert "is reached again" in caplog.text
+        await following.aclose()
+        await inspector.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.05)

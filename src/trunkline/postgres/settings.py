@@ -253,6 +253,10 @@ def translate(error: BaseException, settings: Settings) -> TransportError:
     if isinstance(error, asyncpg.DiskFullError):
         return StoreFullError("E502", f"no room left for {settings.shown}", "free disk space; nothing was stored")
     if is_lost(error):
-        return StoreLostError("E520", f"the connection to {settings.shown} was lost: {error}", "it is made again")
+        return StoreLostError(
+            "E520",
+            f"the connection to {settings.shown} was lost: {error}",
+            "a running service makes it anew; try again",
+        )
     kind = StoreLostError if is_of_server(error) else TransportError
     return kind("E506", f"{settings.shown} refused a statement: {error}")

@@ -132,15 +132,16 @@ class KafkaInspector:
         if facts is None:
             raise ConfigurationError("E233", f"no topic {topic} on {self._settings.shown}", "start a service first")
         ends = {} if follow else await offload(self._cluster.ends, topic, facts.partitions)
-        consumer = await offload(self._assigned, topic, facts.partitions, from_start or not follow)
-        left = {number for number, end in ends.items() if end > 0}
         state = ClusterState(self._settings, f"topic {topic}")
+        consumer = await offload(self._assigned, topic, facts.partitions, from_start or not follow, state)
+        left = {number for number, end in ends.items() if end > 0}
         heard = self._clock.monotonic()
         try:
             while follow or left:
                 records = await offload(consumer.consume, BATCH, POLL_S)
                 for record in sorted(records, key=lambda one: one.timestamp()[1]):
                     if self._is_record(record, state):
+                        state.works()
                         heard = self._clock.monotonic()
                         yield _seen(record, channel.plain)
                 if not follow:
@@ -149,12 +150,13 @@ class KafkaInspector:
         finally:
             await offload(consumer.close)
 
-    def _assigned(self, topic: str, partitions: int, whole: bool) -> Consumer:  # noqa: FBT001
+    def _assigned(self, topic: str, partitions: int, whole: bool, state: ClusterState) -> Consumer:  # noqa: FBT001
         looking = {
             "group.id": f"{self._settings.prefix}.look",
             "enable.auto.commit": False,
             "enable.partition.eof": True,
             "auto.offset.reset": "latest",
+            "error_cb": state.note,
         }
         consumer = Consumer(self._settings.client | looking, logger=client_log)
         offset = OFFSET_BEGINNING if whole else OFFSET_END

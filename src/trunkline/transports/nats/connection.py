@@ -292,7 +292,9 @@ class Connection:
         self.link.lost(error)
 
     def _down(self) -> TransportError:
-        return TransportError("E520", f"{self.shown}: the connection was lost", "it is made again")
+        return TransportError(
+            "E520", f"{self.shown}: the connection was lost", "a running service makes it anew; try again"
+        )
 
     async def close(self) -> None:
         """Send what is written, then disconnect."""

@@ -198,4 +198,6 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _gone(self) -> TransportError:
-        return TransportError("E522", f"{self._shown}: connection lost: {self.reason}", "it is made again")
+        return TransportError(
+            "E522", f"{self._shown}: connection lost: {self.reason}", "a running service makes it anew; try again"
+        )
