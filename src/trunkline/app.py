@@ -155,7 +155,7 @@ class App:
                 if engine.failure is not None:
                     self._fail(engine.failure)
         for service in self.system.services:
-            await self.store.run_schema(service.statements)
+            await self._run_schema(service)
             self._running[service.name] = Running(self, service, await self._open_resources(service))
         alone = asyncio.Lock()
         for service, subscription, handlers in plans:
@@ -169,6 +169,17 @@ class App:
                 resources = self._running[service.name].resources
                 running = Running(self, service, resources, background)
                 self._backgrounds.append(spawn(self._background(background.function, running), self._fail))
+
+    async def _run_schema(self, service: Service) -> None:
+        try:
+            await self.store.run_schema(service.statements)
+        except TrunklineError:
+            raise
+        except Exception as error:  # whatever the driver of the database raises
+            raise DefinitionError(
+                "E121", f"the schema of service {service.name!r} is refused: {describe(error)}",
+                f"mend the statement in {service.name}.schema(...)",
+            ) from error  # fmt: skip
 
     def _consumer(
         self,
@@ -284,6 +295,8 @@ class App:
                 return
             services = ", ".join(service.name for service in self.system.services)
             log.info("%s runs on %s: %s", self.system.name, self._places(), services)
+            if not any(service.handlers or service.backgrounds for service in self.system.services):
+                log.warning("%s has no handler and nothing to do: import the modules that declare them", services)
             try:
                 await self.ended()
             finally:

@@ -19,6 +19,7 @@ from trunkline.errors import ConfigurationError
 FILE_NAME = "trunkline.toml"
 DEFAULT_TRANSPORT = "sqlite:///trunkline.db"
 KEYS = ("transport", "store", "app")
+GIVEN = "the command line"
 VARIABLES = {"transport": "TRUNKLINE_TRANSPORT", "store": "TRUNKLINE_STORE"}
 
 
@@ -63,7 +64,7 @@ def load_settings(
                 values[name] = value
                 origin[name] = where[name]
 
-    take({"transport": transport, "store": store, "app": app}, dict.fromkeys(KEYS, "the command line"))
+    take({"transport": transport, "store": store, "app": app}, dict.fromkeys(KEYS, GIVEN))
     take({name: environ.get(variable) for name, variable in VARIABLES.items()}, VARIABLES)
     take(read_file((folder or Path.cwd()) / FILE_NAME), dict.fromkeys(KEYS, FILE_NAME))
     take({"transport": DEFAULT_TRANSPORT}, {"transport": "the default"})

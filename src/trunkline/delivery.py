@@ -58,10 +58,12 @@ class Route:
         decode: envelope → what the handler takes.
         call: starts the handler.
         plain: the handler itself, if it takes nothing but the message.
+        must_publish: names of the types of which it has to return one.
     """
 
     __slots__ = (
-        "allowed", "call", "deadlines", "decode", "handler", "is_async", "name", "needs_context", "plain", "retry",
+        "allowed", "call", "deadlines", "decode", "handler", "is_async", "must_publish", "name", "needs_context",
+        "plain", "retry",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +75,7 @@ class Route:
         self.is_async = handler.is_async
         self.needs_context = handler.context is not None
         self.allowed = frozenset(handler.gives)
+        self.must_publish = () if handler.optional else tuple(cls.__name__ for cls in handler.returns)
         self.retry: Retry = handler.options.retry
         self.deadlines = Deadlines(handler.options.timeout_s, clock)
         self.plain = None if self.needs_context or handler.resources else handler.function
@@ -335,6 +338,12 @@ class Deliverer:
         return context
 
     def _stage(self, route: Route, unit: Unit, message: Message | None, value: Any) -> None:
+        if value is None and route.must_publish:
+            raise PublishError(
+                "E304",
+                f"{route.name} returned nothing, and its annotation says {', '.join(route.must_publish)}",
+                "return it, or add None to the return annotation",
+            )
         for payload in results(value):
             if type(payload) not in route.allowed:
                 raise PublishError(

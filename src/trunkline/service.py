@@ -121,7 +121,9 @@ class Service:
                     "E103",
                     f"{other.name} and {handler.name} both handle {names}"
                     f" of subscription {self.reader_of(handler)[0]!r}",
-                    'give the second one its own: handle(subscription="...")',
+                    "a command has one handler; publish an event if several react"
+                    if isinstance(handler.channel, Queue)
+                    else 'give the second one its own: handle(subscription="...")',
                 )
         self.handlers.append(handler)
 
@@ -210,7 +212,7 @@ class System:
         self.name = name
         self.services = list(services)
         if not self.services:
-            raise DefinitionError("E112", f"system {name!r} has no services", "give it at least one")
+            raise DefinitionError("E112", f"system {name!r} has no services", "give it at least one; one that only publishes is Service(...) without handlers")
         for given in self.services:
             if not isinstance(given, Service):
                 raise DefinitionError(
@@ -236,7 +238,7 @@ class System:
     def check(self) -> None:
         """Refuse what cannot run, before anything starts.
 
-        Raises: DefinitionError E104 (two owners of a command), E105 (a cycle without end), E108, E111.
+        Raises: DefinitionError E104 (two readers of a Queue), E105 (a cycle without end), E108, E111.
         """
         for service in self.services:
             service.check()
@@ -244,21 +246,16 @@ class System:
         self._check_cycles()
 
     def _check_owners(self) -> None:
-        owners: dict[str, tuple[Service, Handler]] = {}
+        """Refuse a second reader of a Queue: each message goes to one of them, whether it has a handler for it or not."""
+        readers: dict[str, tuple[Service, Handler]] = {}
         for service in self.services:
             for handler in service.handlers:
-                if not isinstance(handler.channel, Queue):
+                queue = handler.channel
+                if not isinstance(queue, Queue):
                     continue
-                for name in [cls.__name__ for cls in handler.takes] or ["every message"]:
-                    key = f"{handler.channel.name}/{name}"
-                    if key in owners and owners[key][0] is not service:
-                        raise DefinitionError(
-                            "E104",
-                            f"{name} on queue {handler.channel.name!r} has two owners:"
-                            f" {owners[key][1].name} and {handler.name}",
-                            "a command has one owner; publish an event if several services react",
-                        )
-                    owners[key] = (service, handler)
+                first, other = readers.setdefault(queue.name, (service, handler))
+                if first.reader_of(other) != service.reader_of(handler):
+                    raise _two_readers(queue, first.reader_of(other)[0], other, service.reader_of(handler)[0], handler)
 
     def _check_cycles(self) -> None:
         """A type is endless if each handler that takes it must go on with an endless type."""
@@ -312,6 +309,21 @@ def _options(given: dict[str, Any]) -> Options:
         )
     _check_start(options.start)
     return options
+
+
+def _two_readers(queue: Queue, one: str, first: Handler, other: str, second: Handler) -> DefinitionError:
+    shared = ", ".join(sorted(_name(cls) for cls in set(first.takes) & set(second.takes)))
+    if shared:
+        return DefinitionError(
+            "E104",
+            f"{shared} on queue {queue.name!r} has two owners: {first.name} and {second.name}",
+            "a command has one owner; publish an event if several services react",
+        )
+    return DefinitionError(
+        "E104",
+        f"queue {queue.name!r} has two readers: {first.name} of {one!r} and {second.name} of {other!r}",
+        "each message would go to one of them at random; give each its own queue",
+    )
 
 
 def _check_start(start: Start) -> None:

@@ -94,6 +94,28 @@ CASES = [
         "start(App(System('shop', [payment, mail]), 'memory:'))",
     ),
     (
+        "E103",
+        "two handlers for one command",
+        "@mail.handle\nasync def receipt(job: SendMail) -> None: ...\n"
+        "@mail.handle\nasync def tell(job: SendMail) -> None: ...",
+    ),
+    (
+        "E104",
+        "two subscriptions of one queue",
+        "@mail.handle\nasync def receipt(job: SendMail) -> None: ...\n"
+        "@mail.handle(subscription='second')\nasync def tell(job: SendMail) -> None: ...\n"
+        "start(App(System('shop', [mail]), 'memory:'))",
+    ),
+    (
+        "E104",
+        "two services read one queue",
+        "two = Queue('two-jobs')\n@two.command\nclass First(Struct): ...\n"
+        "@two.command\nclass Second(Struct): ...\n"
+        "@payment.handle\nasync def one(job: First) -> None: ...\n"
+        "@mail.handle\nasync def other(job: Second) -> None: ...\n"
+        "start(App(System('shop', [payment, mail]), 'memory:'))",
+    ),
+    (
         "E105",
         "messages that cause each other for ever",
         "@payment.handle\nasync def charge(order: OrderPlaced) -> OrderPaid: ...\n"
@@ -205,6 +227,11 @@ CASES = [
     ("E206", "`sqlite:` for a database in memory", "App(payment, 'sqlite:///:memory:')"),
     ("E206", "a file name with a zero byte", "App(payment, 'sqlite:///x%00.db')"),
     ("E206", "a URL with a `#`", "App(payment, 'sqlite:///shop#1.db')"),
+    (
+        "E121",
+        "a statement that the database refuses",
+        "payment.schema('CREATE TABEL charge (order_id TEXT)')\nstart(App(payment, 'sqlite:///shop.db'))",
+    ),
     ("E206", "`memory:` with more", "App(payment, 'memory:shop')"),
     (
         "E207",

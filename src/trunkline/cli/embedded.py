@@ -15,7 +15,7 @@ from typing import Any, Self
 import apsw
 import msgspec
 
-from trunkline.config import Settings
+from trunkline.config import GIVEN, Settings
 from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
 from trunkline.message import read_packed
@@ -101,9 +101,11 @@ def file_path(url: str, option: str = "--transport") -> str:
     return address.path.removeprefix("/")
 
 
-def existing_file(url: str, option: str = "--transport") -> str:
+def existing_file(url: str, option: str = "--transport", origin: str = GIVEN) -> str:
     """Return the path of an embedded file that exists.
 
+    Args:
+        origin: what names it, as in Settings; for who did not mean it.
     Raises: ConfigurationError E202, E206, E225, E230 or E231; nothing is created.
     """
     path = file_path(url, option)
@@ -114,20 +116,21 @@ def existing_file(url: str, option: str = "--transport") -> str:
     if not is_file and Path(path).is_dir():
         raise unopened(path, IsADirectoryError())
     if not is_file:
+        place = path if Path(path).is_absolute() else f"{path} in {Path.cwd()}"
         raise ConfigurationError(
             "E231",
-            f"{path} does not exist in {Path.cwd()}" if not Path(path).is_absolute() else f"{path} does not exist",
+            f"there is no {place}" + ("" if origin == GIVEN else f", as {origin} names it"),
             f"start a service on it first, or name the right file: {option} sqlite:///FILE",
         )
     return path
 
 
-def open_file(url: str, option: str = "--transport") -> EmbeddedFile:
+def open_file(url: str, option: str = "--transport", origin: str = GIVEN) -> EmbeddedFile:
     """Open an existing embedded file to read it.
 
     Raises: ConfigurationError E202, E203, E206, E225, E230, E231 or E232; TransportError E501.
     """
-    return EmbeddedFile(existing_file(url, option))
+    return EmbeddedFile(existing_file(url, option, origin))
 
 
 def open_store(settings: Settings) -> EmbeddedFile:
@@ -135,7 +138,17 @@ def open_store(settings: Settings) -> EmbeddedFile:
 
     Raises: as `open_file`.
     """
-    return open_file(settings.store, "--store" if settings.store != settings.transport else "--transport")
+    if settings.store == settings.transport:
+        return open_transport(settings)
+    return open_file(settings.store, "--store", settings.origin["store"])
+
+
+def open_transport(settings: Settings) -> EmbeddedFile:
+    """Open the existing file of the transport to read it.
+
+    Raises: as `open_file`.
+    """
+    return open_file(settings.transport, origin=settings.origin["transport"])
 
 
 class EmbeddedFile:

@@ -16,7 +16,7 @@ from trunkline.app import channels_of, known_channels, plans_of
 from trunkline.channel import Channel
 from trunkline.cli.actions import one_place
 from trunkline.cli.checks import Check
-from trunkline.cli.embedded import SubscriptionBacklog, open_file, standing
+from trunkline.cli.embedded import SubscriptionBacklog, open_transport, standing
 from trunkline.cli.letters import opened_letters
 from trunkline.cli.target import load_target
 from trunkline.clock import system_clock
@@ -98,7 +98,7 @@ async def backlogs(settings: Settings) -> list[SubscriptionBacklog]:
     """
     now = system_clock.now()
     if parse_address(settings.transport).scheme == "sqlite":
-        with open_file(settings.transport) as file:
+        with open_transport(settings) as file:
             return file.backlogs(await _set_aside(settings), now)
     if settings.app is None:
         inspector_of(settings.transport)

@@ -96,11 +96,11 @@ async def _tail_broker(
 
 
 def _tail_file(settings: Settings, name: str, write: Callable[[Seen], bool], *, from_start: bool, follow: bool) -> None:
-    from trunkline.cli.embedded import open_file
+    from trunkline.cli.embedded import open_transport
     from trunkline.inspection import Seen
     from trunkline.message import read_packed
 
-    with open_file(settings.transport) as file:
+    with open_transport(settings) as file:
         found = file.channel(name)
         begin = 0 if from_start or not follow or found.kind != "stream" else file.last_position(found)
         for stored in _messages(file, found, begin, follow=follow):

@@ -70,7 +70,11 @@ def command(target: str, tape: Path) -> str:
 
 def foot(failure: Failure, files: Files, target: str) -> list[str]:
     """Return what stands below a story: how it was found, where the rest is, how to repeat it."""
-    shorter = f"; {failure.removed} other decisions of the run did not matter" if failure.removed else ""
+    shorter = ""
+    if failure.removed:
+        shorter = (
+            f"; {failure.removed} other decisions of the run did not matter, and steps are counted anew without them"
+        )
     found = f"found by: {failure.found.aim}{shorter}"
     if files.problem:
         return [found, f"tape, story and diagram were not written: {files.problem}"]
