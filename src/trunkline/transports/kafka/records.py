@@ -5,18 +5,29 @@ Source: CloudEvents Kafka protocol binding 1.0.2. Read next: reader.py.
 
 from __future__ import annotations
 
+from operator import methodcaller
 from typing import Any
 
 from confluent_kafka import Message
 
 from trunkline import wire
+from trunkline.errors import DecodeError
 
 NO_TIMESTAMP = 0
+_headers_of = methodcaller("headers")
+"""For a name that is no UTF-8 the client returns a broken list and sets an error: a call by C code is checked for that,
+one by Python code that runs often is not, and ends the process."""
 
 
 def text_headers(record: Message) -> dict[str, str]:
-    """Return the headers of a record; what is no UTF-8 is escaped, for wire.py to refuse."""
-    headers: Any = record.headers()
+    """Return the headers of a record; what is no UTF-8 in their values is escaped, for wire.py to refuse.
+
+    Raises: DecodeError E404 for a name that is no UTF-8.
+    """
+    try:
+        headers: Any = _headers_of(record)
+    except (SystemError, UnicodeDecodeError) as error:
+        raise DecodeError("E404", "the name of a header is not UTF-8") from error
     return {
         name: value if isinstance(value, str) else wire.header_text(value)
         for name, value in headers or ()

@@ -1,0 +1,98 @@
+"""Records of other programs on Apache Kafka that no Kafka client of Python could write, or that are no messages."""
+
+import socket
+import struct
+import time
+
+import pytest
+
+from tests.brokers import broker_url
+from tests.transports.test_kafka import started, take
+from trunkline.channel import Queue
+from trunkline.clock import system_clock
+from trunkline.transport import Subscription, parse_address
+from trunkline.transports.kafka.inspector import KafkaInspector
+
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
+NOT_UTF8 = b"\xff\xfe"
+NOT_READY = {3, 5, 6}
+"""Of a topic that was just made. Source: Kafka protocol guide, "Error codes": no leader is known yet."""
+
+
+@pytest.fixture
+def url():
+    return f"{broker_url('kafka')}?timeout_s=30&lease_s=6&queue_partitions=1&prefix=t{time.time_ns()}"
+
+
+@pytest.fixture
+def prefix(url):
+    return url.rpartition("=")[2]
+
+
+@pytest.fixture
+def servers(url):
+    return url.removeprefix("kafka://").partition("?")[0]
+
+
+def crc32c(data):
+    """Source: RFC 3720 appendix B.4."""
+    found = 0xFFFFFFFF
+    for byte in data:
+        found ^= byte
+        for _ in range(8):
+            found = (found >> 1) ^ (0x82F63B78 if found & 1 else 0)
+    return found ^ 0xFFFFFFFF
+
+
+def varint(number):
+    number = (number << 1) ^ (number >> 63)
+    found = bytearray()
+    while number & ~0x7F:
+        found.append((number & 0x7F) | 0x80)
+        number >>= 7
+    return bytes((*found, number))
+
+
+def sized(data):
+    return varint(-1) if data is None else varint(len(data)) + data
+
+
+def batch(value, headers, timestamp):
+    """Return one record as a batch. Source: Kafka protocol guide, "Record Batch", magic 2."""
+    body = bytes(3) + sized(None) + sized(value) + varint(len(headers))
+    body += b"".join(sized(name) + sized(text) for name, text in headers)
+    after = struct.pack(">hiqqqhii", 0, 0, timestamp, timestamp, -1, -1, -1, 1) + sized(body)
+    return struct.pack(">qiibI", 0, 9 + len(after), -1, 2, crc32c(after)) + after
+
+
+def produce(servers, topic, value, headers=(), timestamp=1_700_000_000_000):
+    """Write one record to partition 0, with headers as bytes. Source: Kafka protocol guide, Produce, version 3."""
+    host, _, port = servers.rpartition(":")
+    records, name = batch(value, headers, timestamp), topic.encode()
+    body = struct.pack(">hhiih", -1, -1, 10_000, 1, len(name)) + name
+    body += struct.pack(">iii", 1, 0, len(records)) + records
+    request = struct.pack(">hhih", 0, 3, 1, 1) + b"x" + body
+    with socket.create_connection((host, int(port)), 10) as peer:
+        peer.sendall(struct.pack(">i", len(request)) + request)
+        (size,) = struct.unpack(">i", peer.recv(4, socket.MSG_WAITALL))
+        answer = peer.recv(size, socket.MSG_WAITALL)
+    (error,) = struct.unpack_from(">h", answer, 4 + 4 + 2 + len(name) + 4 + 4)
+    if error in NOT_READY:
+        time.sleep(0.1)
+        produce(servers, topic, value, headers, timestamp)
+    else:
+        assert error == 0
+
+
+async def test_a_header_whose_name_is_no_utf8_is_unreadable_and_ends_nothing(url, prefix, servers):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        for _ in range(50):
+            produce(servers, f"{prefix}.jobs", b"x", [(NOT_UTF8, b"x")])
+        taken = await take(transport, reader, 50)
+        assert {(one.message, one.raw, one.unread[0]) for one in taken} == {(None, b"x", "E404")}
+    inspector = KafkaInspector(parse_address(url), system_clock)
+    await inspector.open()
+    assert [seen.raw async for seen in inspector.read(jobs, from_start=True, follow=False)] == [b"x"] * 50
+    await inspector.close()
