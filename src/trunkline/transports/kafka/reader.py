@@ -131,12 +131,8 @@ class Reader:
         known = cluster.patiently(
             lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
         )
-        new = [
-            TopicPartition(self.topic, place.partition, ends[place.partition], CLEAN)
-            for place in known
-            if place.offset < 0
-        ]
-        if new:
+        if all(place.offset < 0 for place in known):  # else what is not known is a partition that was added: all of it
+            new = [TopicPartition(self.topic, number, end, CLEAN) for number, end in ends.items()]
             try:
                 consumer.commit(offsets=new, asynchronous=False)
             except KafkaException as error:
