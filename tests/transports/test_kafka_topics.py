@@ -4,11 +4,11 @@ import asyncio
 import time
 
 import pytest
-from confluent_kafka.admin import AdminClient, NewPartitions
+from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
 
 from tests.brokers import broker_url
 from tests.transports.test_kafka import numbers, produce, staged, started, take, until
-from trunkline.channel import Topic
+from trunkline.channel import Stream, Topic
 from trunkline.transport import Subscription
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(90)]
@@ -53,3 +53,23 @@ async def test_what_is_published_to_partitions_that_were_added_is_read_from_the_
 
 async def _has_partitions(admin, topic, count):
     return len(admin.list_topics(topic, timeout=10).topics[topic].partitions) == count
+
+
+async def test_a_broker_that_makes_topics_by_itself_does_not_make_a_deleted_one(prefix):
+    url = f"{broker_url('kafka@auto', 'auto.create.topics.enable=true')}?timeout_s=10&lease_s=6&prefix={prefix}"
+    admin = AdminClient({"bootstrap.servers": url.removeprefix("kafka://").partition("?")[0]})
+    events = Stream("events", partitions=4)
+    topic = f"{prefix}.events"
+    async with started(url, channels=[events]) as transport:
+        await transport.send([staged(events, number, f"k{number}") for number in range(20)])
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
+
+        async def sent():
+            batch = [staged(events, number, f"k{number}") for number in range(20)]
+            (error,) = await asyncio.gather(transport.send(batch), return_exceptions=True)
+            return error is None
+
+        await until(sent, within_s=60)
+    found = admin.describe_configs([resource := ConfigResource(ResourceType.TOPIC, topic)])[resource].result()
+    assert found["retention.ms"].value == "-1"
+    assert len(admin.list_topics(topic, timeout=10).topics[topic].partitions) == 4

@@ -123,6 +123,8 @@ class Settings(msgspec.Struct, frozen=True):
             "linger.ms": LINGER_MS,
             "delivery.timeout.ms": int(self.timeout_s * 1000),
             "message.max.bytes": MAX_MESSAGE_BYTES,
+            # By asking for a topic that was deleted a broker would make it, with other partitions and retention.
+            "allow.auto.create.topics": False,
             "queue.buffering.max.kbytes": 4 * BUFFER_KBYTES,
         }
 
