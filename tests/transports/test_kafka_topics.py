@@ -4,11 +4,18 @@ import asyncio
 import time
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, NewPartitions, ResourceType
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    ResourceType,
+)
 
 from tests.brokers import broker_url
 from tests.transports.test_kafka import numbers, produce, staged, started, take, until
-from trunkline.channel import Stream, Topic
+from trunkline.channel import Queue, Stream, Topic
 from trunkline.transport import Subscription
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(90)]
@@ -35,6 +42,13 @@ def admin(servers):
     return AdminClient({"bootstrap.servers": servers})
 
 
+async def alter(admin, topic, name, value):
+    """Set one setting of a topic, as an operator does."""
+    entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    await asyncio.to_thread(admin.incremental_alter_configs([resource])[resource].result)
+
+
 async def test_what_is_published_to_partitions_that_were_added_is_read_from_the_first_message(
     url, prefix, servers, admin
 ):
@@ -53,6 +67,27 @@ async def test_what_is_published_to_partitions_that_were_added_is_read_from_the_
 
 async def _has_partitions(admin, topic, count):
     return len(admin.list_topics(topic, timeout=10).topics[topic].partitions) == count
+
+
+async def test_a_topic_whose_messages_cannot_be_deleted_keeps_no_other_from_being_tidied(url, prefix, admin, caplog):
+    channels = [Queue(f"jobs-{number}") for number in range(4)]
+    readers = [Subscription("a", channel) for channel in channels]
+    async with started(f"{url}&queue_partitions=1", *readers) as transport:
+        await alter(admin, f"{prefix}.jobs-0", "cleanup.policy", "compact")
+        await transport.send([staged(channel, 1, "k") for channel in channels])
+        for reader in readers:
+            await take(transport, reader, 1)
+
+        async def tidied():
+            await transport.tidy()
+            begins = [
+                await asyncio.to_thread(transport._cluster.ends, f"{prefix}.{channel.name}", 1, earliest=True)
+                for channel in channels
+            ]
+            return begins == [{0: 0}, {0: 1}, {0: 1}, {0: 1}]
+
+        await until(tidied)
+    assert "handled messages of 'jobs-0' stay on the disk" in caplog.text
 
 
 async def test_a_broker_that_makes_topics_by_itself_does_not_make_a_deleted_one(prefix):

@@ -167,7 +167,7 @@ class KafkaTransport:
         for name in names:
             try:
                 await offload(self._cluster.delete_handled, name, self._partitions[name])
-            except ConfigurationError as error:
+            except (ConfigurationError, TransportError) as error:
                 log.warning("handled messages of %r stay on the disk: %s", name, error)
 
     async def drain(self) -> None:
