@@ -18,6 +18,7 @@ log = logging.getLogger("trunkline.link")
 
 LEAST_LEASE_S = 0.5
 """No shorter lease is taken."""
+LONGEST_S = 86_400 * 365.0
 TIMEOUT_S = 30.0
 """How long a start or a publish waits for the broker; `?timeout_s=` in the URL says otherwise."""
 ATTEMPT_S = 60.0
@@ -154,8 +155,8 @@ class Options:
         self._known.append(name)
         return self._left.pop(name, default)
 
-    def seconds(self, name: str, default: float, least: float = 0.0) -> float:
-        """Return an option that is a number of seconds above 0, and no less than `least`.
+    def seconds(self, name: str, default: float, least: float = 0.0, most: float = LONGEST_S) -> float:
+        """Return an option that is a number of seconds above 0, no less than `least` and no more than `most`.
 
         Raises: ConfigurationError E241.
         """
@@ -166,17 +167,18 @@ class Options:
             seconds = float(text)
         except ValueError:
             seconds = 0.0
-        if not (0 < seconds < 86_400 * 365 and seconds >= least):
+        if not (0 < seconds <= most and seconds >= least):
             what = f"of {least:g} or more" if least else "above 0"
+            what += f" and at most {most:g}" if most < LONGEST_S else ""
             raise self._wrong(name, text, f"a number of seconds {what}, such as 30")
         return seconds
 
-    def lease(self, default: float) -> float:
+    def lease(self, default: float, most: float = LONGEST_S) -> float:
         """Return `lease_s`: with one that a round trip can outlast, every process loses everything all the time.
 
         Raises: ConfigurationError E241.
         """
-        return self.seconds("lease_s", default, LEAST_LEASE_S)
+        return self.seconds("lease_s", default, LEAST_LEASE_S, most)
 
     def number(self, name: str, default: int, least: int = 1, most: int = 2**31 - 1) -> int:
         """Return an option that is a whole number.

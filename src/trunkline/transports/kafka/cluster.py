@@ -66,7 +66,7 @@ class Cluster:
         self.close()
         self._errors.clear()
         self._sign_in = SignIn(self._settings.credentials)
-        self._admin = admin = AdminClient(self._settings.client | {"error_cb": self._errors.append}, logger=client_log)
+        self._admin = admin = self._admin_client()
         until = self._clock.monotonic() + min(TRY_S, self._settings.timeout_s / 2)
         while True:
             try:
@@ -81,6 +81,19 @@ class Cluster:
                     raise refused
             if self._clock.monotonic() > until:
                 raise self._unreachable(last)
+
+    def _admin_client(self) -> AdminClient:
+        """Return a client.
+
+        Raises: ConfigurationError E245 for a file that the TLS library does not take.
+        """
+        try:
+            return AdminClient(self._settings.client | {"error_cb": self._errors.append}, logger=client_log)
+        except KafkaException as error:
+            raise ConfigurationError(
+                "E245", f"a file of ca, cert or key in the URL of {self._settings.shown} cannot be used:"
+                f" {error.args[0].str()}", "PEM is needed",
+            ) from error  # fmt: skip
 
     def _unreachable(self, last: KafkaError) -> TransportError | ConfigurationError:
         """Return why no broker answers, in the words that say most."""

@@ -43,6 +43,12 @@ QUEUE_PARTITIONS = 12
 """Partitions of a Queue or Topic that is made: so many processes can share its work."""
 MAX_MESSAGE_BYTES = MAX_WIRE_BYTES + 64 * 1024
 """Largest message that is sent: the largest that is read, with Kafka's own fields."""
+LONGEST_S = 3600.0
+"""Longest timeout and lease that the client takes."""
+MOST_PARTITIONS, MOST_COPIES = 100_000, 10_000
+"""Of a topic, for the client."""
+POLL_S = 300.0
+"""The client leaves a group when nobody has polled for so long, or for a lease if that is longer."""
 LINGER_MS = 0.3
 """How long a message waits for others to join its batch."""
 BUFFER_KBYTES = 16 * 1024
@@ -101,10 +107,17 @@ class Settings(msgspec.Struct, frozen=True):
     def client(self) -> dict[str, Any]:
         """Return what a client is configured with now.
 
-        Raises: ConfigurationError E249 for a variable that is not set any more.
+        Raises: ConfigurationError E249 for a variable that is not set any more, E241 for one that is empty.
         """
         user, password = self.credentials.user, self.credentials.password
-        return self.lasting | ({} if user is None else {"sasl.username": user, "sasl.password": password or ""})
+        if user is None:
+            return self.lasting
+        if not (user and password):
+            missing = "password" if user else "name"
+            raise ConfigurationError(
+                "E241", f"{self.shown} has a user without a {missing}", "write kafka://user:password@…"
+            )
+        return self.lasting | {"sasl.username": user, "sasl.password": password}
 
     def topic(self, channel: str) -> str:
         """Return the name of a channel's topic."""
@@ -121,7 +134,7 @@ class Settings(msgspec.Struct, frozen=True):
             "acks": "all",
             "enable.idempotence": True,
             "linger.ms": LINGER_MS,
-            "delivery.timeout.ms": int(self.timeout_s * 1000),
+            "delivery.timeout.ms": max(1, int(self.timeout_s * 1000)),  # 0 is none
             "message.max.bytes": MAX_MESSAGE_BYTES,
             # By asking for a topic that was deleted a broker would make it, with other partitions and retention.
             "allow.auto.create.topics": False,
@@ -142,6 +155,7 @@ class Settings(msgspec.Struct, frozen=True):
             "isolation.level": "read_committed",
             "partition.assignment.strategy": "cooperative-sticky",
             "session.timeout.ms": int(self.lease_s * 1000),
+            "max.poll.interval.ms": int(max(self.lease_s, POLL_S) * 1000),
             "heartbeat.interval.ms": max(100, int(self.lease_s * 100)),
             "queued.max.messages.kbytes": BUFFER_KBYTES,
             # Read on soon after the buffer was full: one second, the default, leaves it empty for long.
@@ -159,8 +173,8 @@ def read_settings(address: Address) -> Settings:
         raise ConfigurationError(
             "E206", f"{address.shown} has a path", "write kafka://host:port,host:port?prefix=… without one"
         )
-    timeout_s = options.seconds("timeout_s", TIMEOUT_S)
-    lease_s = options.seconds("lease_s", LEASE_S)
+    timeout_s = options.seconds("timeout_s", TIMEOUT_S, most=LONGEST_S)
+    lease_s = options.lease(LEASE_S, LONGEST_S)
     prefix = options.text("prefix", "trunkline") or ""
     if not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(
@@ -176,8 +190,9 @@ def read_settings(address: Address) -> Settings:
         "socket.nagle.disable": True,
     }
     settings = Settings(
-        address.shown, timeout_s, lease_s, prefix, options.number("queue_partitions", QUEUE_PARTITIONS),
-        options.number("replication", 0), address.credentials, lasting | _security(address, options),
+        address.shown, timeout_s, lease_s, prefix,
+        options.number("queue_partitions", QUEUE_PARTITIONS, most=MOST_PARTITIONS),
+        options.number("replication", 0, most=MOST_COPIES), address.credentials, lasting | _security(address, options),
     )  # fmt: skip
     options.end()
     return settings
