@@ -1,13 +1,15 @@
 """Records of other programs on Apache Kafka that no Kafka client of Python could write, or that are no messages."""
 
+import asyncio
 import socket
 import struct
 import time
 
 import pytest
+from confluent_kafka import Producer
 
 from tests.brokers import broker_url
-from tests.transports.test_kafka import started, take
+from tests.transports.test_kafka import numbers, started, take, until
 from trunkline.channel import Queue
 from trunkline.clock import system_clock
 from trunkline.transport import Subscription, parse_address
@@ -96,3 +98,35 @@ async def test_a_header_whose_name_is_no_utf8_is_unreadable_and_ends_nothing(url
     await inspector.open()
     assert [seen.raw async for seen in inspector.read(jobs, from_start=True, follow=False)] == [b"x"] * 50
     await inspector.close()
+
+
+def transact(servers, topic, *values, end="commit_transaction"):
+    producer = Producer({"bootstrap.servers": servers, "transactional.id": topic})
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    for value in values:
+        producer.produce(topic, value, partition=0)
+    producer.flush(30)
+    getattr(producer, end)(30)
+
+
+async def test_markers_of_transactions_and_what_was_aborted_are_no_backlog(url, prefix, servers):
+    jobs = Queue("jobs", plain="t")
+    reader = Subscription("a", jobs)
+    async with started(url, reader) as transport:
+        await asyncio.to_thread(transact, servers, f"{prefix}.jobs", b"1", b"2")
+        await asyncio.to_thread(transact, servers, f"{prefix}.jobs", b"3", end="abort_transaction")
+        taken = await take(transport, reader, 2, settle=False)
+        assert numbers(taken) == [1, 2]
+        await asyncio.sleep(1)
+        assert (await transport.backlog(reader)).waiting >= 2
+        await transport.settle(taken)
+        await until(lambda: nothing_waits(transport, reader))
+    inspector = KafkaInspector(parse_address(url), system_clock)
+    await inspector.open()
+    assert [lag.waiting for lag in await inspector.look([reader])] == [0]
+    await inspector.close()
+
+
+async def nothing_waits(transport, reader):
+    return (await transport.backlog(reader)).waiting == 0

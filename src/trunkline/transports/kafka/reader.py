@@ -45,6 +45,8 @@ SILENT_S, LOOK_S = 5.0, 1.0
 SUSPECTS = 1000
 """So many records of a partition may have been under way when the process before died; see consumer.IN_FLIGHT."""
 CALL_S = 10.0
+END = KafkaError._PARTITION_EOF  # noqa: SLF001
+"""Comes in place of a record: a partition was read up to an offset, for now."""
 SHIFT = 40
 """Bits of the offset in the position of a Queue's or Topic's delivery; the partition stands above them."""
 CLEAN, OPEN = "trunkline clean", "trunkline open"
@@ -102,12 +104,14 @@ class Reader:
         # Of the thread: partitions assigned to it, and what it has handed to the loop.
         self._places: dict[int, _Place] = {}
         self._unopened: list[int] = []
+        self._reached: dict[int, int] = {}
         self._handed = 0
         self._average = 1.0
         self._commit_at = 0.0
         self._record: Message
         # Of the loop: what was taken from the inflow or dropped.
         self._gone = 0
+        self._ends: dict[int, int] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         # Of both.
         self._wake = Event()
@@ -238,6 +242,9 @@ class Reader:
 
         Here, not on the loop: the client blocks a second thread while this one polls.
         """
+        if self._reached:  # after all records before it were handed over
+            self._loop.call_soon_threadsafe(self._read_up_to, self._reached)
+            self._reached = {}
         now = self._clock.monotonic()
         if now < self._commit_at:
             return
@@ -292,7 +299,7 @@ class Reader:
         record: Any
         for record in records:
             if (wrong := record.error()) is not None:
-                self._wrong(wrong)
+                self._wrong(wrong, record)
                 continue
             number: int = record.partition()
             place = places.get(number)
@@ -351,11 +358,16 @@ class Reader:
         self._places[number] = place = _Place(offset, 0, 0)
         return place
 
-    def _wrong(self, error: KafkaError) -> None:
+    def _wrong(self, error: KafkaError, record: Message) -> None:
         """Note an error that came in place of a record.
 
         Raises: ConfigurationError E241 if the broker does not take the lease.
         """
+        if error.code() == END:
+            number, offset = record.partition(), record.offset()
+            if number in self._places and offset is not None:
+                self._reached[number] = offset
+            return
         if error.code() == KafkaError.INVALID_SESSION_TIMEOUT:
             raise ConfigurationError(
                 "E241",
@@ -471,6 +483,8 @@ class Reader:
 
     def _forget(self, numbers: list[int]) -> None:
         """Drop what waits of some partitions; the broker brings it again."""
+        for number in numbers:
+            self._ends.pop(number, None)
         dropped = self.inflow.forget()
         kept = [delivery for delivery in dropped if self._number(delivery) not in numbers]
         self._gone += len(dropped) - len(kept)
@@ -496,6 +510,24 @@ class Reader:
         self.inflow.put(deliveries)
         self._gone += len(deliveries) - (len(self.inflow) - before)  # dropped: draining
 
+    def _read_up_to(self, ends: dict[int, int]) -> None:
+        """Note up to which offset there is no record that was not brought."""
+        self._ends |= {number: end for number, end in ends.items() if number in self.held}
+        self._pass_ends()
+
+    def _pass_ends(self) -> None:
+        """Let watermarks pass what is no record: markers of transactions, what was aborted or compacted.
+
+        Only while nothing waits here or is under way; what a drain dropped comes again.
+        """
+        if self._draining or len(self.inflow):
+            return
+        for number, end in list(self._ends.items()):
+            mark = self.held[number]
+            if not len(mark):
+                del self._ends[number]
+                mark.low = max(mark.low, end if self._is_stream else number << SHIFT | end)
+
     async def receive(self, limit: int) -> list[Delivery]:
         """Return deliveries and note that they are under way; see Transport."""
         taken = await self.inflow.receive(limit)
@@ -514,6 +546,8 @@ class Reader:
             mark = self.held.get(number)
             if mark is not None:
                 mark.done(positions)
+        if self._ends:
+            self._pass_ends()
 
     def _by_partition(self, deliveries: Sequence[Delivery]) -> list[tuple[int, list[int]]]:
         """Return (partition, positions) of runs of deliveries of one partition."""

@@ -150,6 +150,7 @@ class Settings(msgspec.Struct, frozen=True):
             "group.id": group,
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
             # What was kept too short a time is gone; the oldest that is left comes next.
             "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
