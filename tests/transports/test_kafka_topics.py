@@ -108,3 +108,33 @@ async def test_a_broker_that_makes_topics_by_itself_does_not_make_a_deleted_one(
     found = admin.describe_configs([resource := ConfigResource(ResourceType.TOPIC, topic)])[resource].result()
     assert found["retention.ms"].value == "-1"
     assert len(admin.list_topics(topic, timeout=10).topics[topic].partitions) == 4
+
+
+async def test_messages_that_fit_are_not_refused_because_others_are_in_their_batch(url, prefix, admin):
+    jobs, events = Queue("jobs"), Stream("events", partitions=1)
+    reader = Subscription("a", events)
+    async with started(f"{url}&queue_partitions=1", channels=[jobs, events]):
+        for channel in (jobs, events):
+            await alter(admin, f"{prefix}.{channel.name}", "max.message.bytes", "10000")
+    async with started(url, reader, channels=[jobs]) as transport:
+        large = [staged(events, [number, "x" * 1000], "k") for number in range(50)]
+        small = [staged(events, [number, ""], "k") for number in range(50, 100)]
+        await transport.send([*large, *small])
+        assert [number for number, _ in numbers(await take(transport, reader, 100))] == list(range(100))
+        await asyncio.gather(*(transport.send([staged(jobs, "x" * 1000)]) for _ in range(100)))
+
+
+async def test_a_topic_that_takes_less_than_it_did_is_sent_smaller_batches(url, prefix, admin):
+    jobs = Queue("jobs")
+    async with started(f"{url}&queue_partitions=1", channels=[jobs]) as transport:
+        await alter(admin, f"{prefix}.jobs", "max.message.bytes", "10000")
+
+        async def sent():
+            batch = [staged(jobs, "x" * 1000) for _ in range(100)]
+            (error,) = await asyncio.gather(transport.send(batch), return_exceptions=True)
+            assert error is None or error.code == "E313"
+            return error is None
+
+        await until(sent)
+
+

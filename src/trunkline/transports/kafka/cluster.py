@@ -12,7 +12,13 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
 
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, block
@@ -244,6 +250,20 @@ class Cluster:
                     "see the broker's log",
                 )  # fmt: skip
             block(LOOK_S)
+
+    def least_limit(self, channels: Iterable[Channel]) -> int:
+        """Return the least `max.message.bytes` of the topics of some channels: a broker takes no larger batch."""
+        asked = [ConfigResource(ResourceType.TOPIC, self._settings.topic(channel.name)) for channel in channels]
+        if not asked:
+            return MAX_MESSAGE_BYTES
+        limits = [MAX_MESSAGE_BYTES]
+        told = self._answered(lambda admin: admin.describe_configs(asked, request_timeout=self._try_s))
+        for resource, future in told.items():
+            try:
+                limits.append(int(str(future.result()["max.message.bytes"].value)))
+            except (KafkaException, KeyError, ValueError) as error:
+                log.debug("the limit of topic %s is not told: %s", resource.name, error)
+        return min(limits)
 
     # --- offsets ---
 

@@ -22,6 +22,7 @@ from trunkline.errors import PublishError, TransportError, TrunklineError
 from trunkline.message import partition_of
 from trunkline.transport import Staged
 from trunkline.transports.kafka.settings import (
+    BATCH_BYTES,
     GONE,
     MAX_MESSAGE_BYTES,
     ClusterState,
@@ -138,9 +139,13 @@ class _Sending:
 class Publisher:
     """Sends the messages of one App."""
 
-    def __init__(self, settings: Settings, gone: Callable[[Channel], None]) -> None:
+    def __init__(
+        self, settings: Settings, gone: Callable[[Channel], None], too_large: Callable[[Channel], None]
+    ) -> None:
         self._settings = settings
         self._gone_topic = gone
+        self._too_large = too_large
+        self._batch_bytes = BATCH_BYTES
         self._topics: dict[str, str] = {}
         self._answers: deque[_Sending] = deque()
         self._partitions = _Partitions()
@@ -163,12 +168,31 @@ class Publisher:
         self._partitions = _Partitions()
         stranded = Stranded()
         sign_in = SignIn(self._settings.credentials)
-        configured = self._settings.producer(self._state.note, stranded.note)
+        configured = self._settings.producer(self._state.note, stranded.note) | {"batch.size": self._batch_bytes}
         self._producer = producer = Producer(configured, logger=client_log)
         ended: asyncio.Future[None] = self._loop.create_future()
         thread = WorkerThread("trunkline-kafka-publisher")
         thread.submit(partial(self._wait_for_answers, producer, stranded, sign_in), partial(_end, ended))
         self._threads.append((thread, ended))
+
+    async def keep_within(self, limit: int) -> None:
+        """Make no batch of several messages larger than `limit` from now on: it would be refused with all of them.
+
+        Another producer does so, once this one has been answered for all it has: the order stays.
+        """
+        if limit >= self._batch_bytes:
+            return
+        self._batch_bytes = limit
+        self._waiting += 1
+        try:
+            async with self._line:
+                while self._left:
+                    self._room = self._loop.create_future()
+                    await self._room
+                if self._producer is not None:
+                    self._begin()
+        finally:
+            self._waiting -= 1
 
     def send(self, batch: Sequence[Staged]) -> Awaitable[None]:
         """Send `batch`; see Transport."""
@@ -299,6 +323,8 @@ class Publisher:
         error = self._error(sending.failed[first], sending.batch[first], unsent, never_up=never_up)
         if sending.failed[first].code() in GONE:
             self._gone_topic(sending.batch[first].channel)
+        if sending.failed[first].code() in _TOO_LARGE:
+            self._too_large(sending.batch[first].channel)
         if sending.failed[first].fatal() and sending.producer is self._producer:
             log.error("%s: the producer is made anew: %s", self._settings.shown, describe(sending.failed[first]))
             self._begin()

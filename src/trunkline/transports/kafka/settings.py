@@ -49,6 +49,8 @@ MOST_PARTITIONS, MOST_COPIES = 100_000, 10_000
 """Of a topic, for the client."""
 POLL_S = 300.0
 """The client leaves a group when nobody has polled for so long, or for a lease if that is longer."""
+BATCH_BYTES = 1_000_000
+"""Largest batch of several messages."""
 LINGER_MS = 0.3
 """How long a message waits for others to join its batch."""
 BUFFER_KBYTES = 16 * 1024

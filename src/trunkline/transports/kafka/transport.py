@@ -47,10 +47,11 @@ class KafkaTransport:
         self._link = Link(self._settings.shown, clock, self._connect)
         self._readers: dict[str, Reader] = {}
         self._partitions: dict[str, int] = {}
-        self._publisher = Publisher(self._settings, self._gone)
+        self._publisher = Publisher(self._settings, self._gone, self._too_large)
         self._declaring = Declaring(self._declare, self._publisher.send)
         self._stopping = False
         self._restoring: dict[str, asyncio.Task[None]] = {}
+        self._limiting: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
         """Reach the cluster, make the topics, join the groups; see Transport."""
@@ -68,6 +69,24 @@ class KafkaTransport:
 
     async def _declare(self, channels: Sequence[Channel]) -> None:
         self._partitions |= await offload(self._cluster.declare, channels)
+        await self._keep_within(channels)
+
+    async def _keep_within(self, channels: Sequence[Channel]) -> None:
+        """Have batches fit the topics of some channels."""
+        await self._publisher.keep_within(await offload(self._cluster.least_limit, channels))
+
+    def _too_large(self, channel: Channel) -> None:
+        """Look whether a topic takes less than it did: a batch can be too large where each of its messages is not."""
+        name = channel.name
+        if name not in self._limiting and not self._stopping:
+            self._limiting[name] = task = asyncio.get_running_loop().create_task(self._look_at_limit(channel))
+            task.add_done_callback(lambda _: self._limiting.pop(name, None))
+
+    async def _look_at_limit(self, channel: Channel) -> None:
+        try:
+            await self._keep_within([channel])
+        except (TransportError, ConfigurationError) as error:
+            log.debug("the limit of %r is not known: %s", channel.name, error)
 
     def _gone(self, channel: Channel) -> None:
         """Declare a channel again whose topic is not there any more."""
@@ -179,7 +198,7 @@ class KafkaTransport:
         """Commit, leave the groups, disconnect."""
         self._declaring.stop()
         self._stopping = True
-        restoring = list(self._restoring.values())
+        restoring = [*self._restoring.values(), *self._limiting.values()]
         for task in restoring:
             task.cancel()
         await asyncio.gather(*restoring, return_exceptions=True)
