@@ -2,21 +2,25 @@
 
 import asyncio
 import time
+from contextlib import suppress
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
     NewPartitions,
+    NewTopic,
     ResourceType,
 )
 
 from tests.brokers import broker_url
-from tests.transports.test_kafka import numbers, produce, staged, started, take, until
+from tests.transports.test_kafka import numbers, produce, staged, started, take, take_different, until
 from trunkline.channel import Queue, Stream, Topic
 from trunkline.transport import Subscription
+from trunkline.transports.kafka.place import CLEAN, metadata
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(90)]
 EVENT = b'{"specversion":"1.0","id":"%d","type":"t","source":"s","time":"2026-01-01T00:00:00Z","data":%d}'
@@ -138,3 +142,58 @@ async def test_a_topic_that_takes_less_than_it_did_is_sent_smaller_batches(url, 
         await until(sent)
 
 
+@pytest.mark.parametrize("partitions", [1, 3])
+async def test_a_topic_that_was_made_anew_and_filled_at_once_is_read_from_its_first_message(
+    url, prefix, servers, admin, partitions
+):
+    events = Stream("events", partitions=partitions)
+    reader = Subscription("a", events)
+    topic = f"{prefix}.events"
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, number, f"k{number}") for number in range(60)])
+        assert len(await take(transport, reader, 60)) == 60
+        await until(lambda: _commits(transport, reader, 60))
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
+        await until(lambda: _is_made(admin, topic, partitions))
+        for partition in range(partitions):
+            values = [EVENT % (number, number) for number in range(1000 * partition, 1000 * partition + 200)]
+            await produce(servers, topic, *values, partition=partition)
+        wanted = {1000 * partition + number for partition in range(partitions) for number in range(200)}
+        assert await take_different(transport, reader, len(wanted)) == wanted
+
+        async def settled():
+            with suppress(TimeoutError):
+                await take(transport, reader, 500, within_s=0.2)  # what was read before it was seen comes twice
+            return await _commits(transport, reader, 200 * partitions)
+
+        await until(settled)
+    async with started(url, reader) as transport:
+        await transport.send([staged(events, 9999)])
+        assert numbers(await take(transport, reader, 1)) == [9999]
+
+
+async def test_offsets_that_were_committed_for_a_topic_made_anew_since_count_for_nothing(url, servers, admin):
+    jobs = Queue("jobs")
+    reader = Subscription("a", jobs)
+    async with started(f"{url}&queue_partitions=1", reader) as transport:
+        await transport.send([staged(jobs, number) for number in range(5)])
+        await take(transport, reader, 5)
+        group, topic = transport._readers[reader.label].group, transport._readers[reader.label].topic
+    left = Consumer({"bootstrap.servers": servers, "group.id": group})
+    old = TopicPartition(topic, 0, 3, metadata(CLEAN, "another"))
+    await asyncio.to_thread(left.commit, offsets=[old], asynchronous=False)
+    left.close()
+    async with started(url, reader) as transport:
+        await transport.tidy()
+        assert numbers(await take(transport, reader, 5)) == list(range(5))
+
+
+async def _commits(transport, reader, count):
+    one = transport._readers[reader.label]
+    known = await asyncio.to_thread(transport._cluster.committed, one.group, one.topic, reader.channel.partitions)
+    return sum(known.values()) == count
+
+
+async def _is_made(admin, topic, partitions):
+    made = admin.create_topics([NewTopic(topic, partitions, 1)])[topic]
+    return await asyncio.to_thread(made.exception, 10) is None

@@ -7,7 +7,7 @@ Read next: transport.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from trunkline.channel import Channel, Stream
 from trunkline.clock import Clock, block
 from trunkline.errors import ConfigurationError, TransportError
+from trunkline.transports.kafka.place import begin_of
 from trunkline.transports.kafka.probe import mechanisms_asked_for
 from trunkline.transports.kafka.settings import (
     MAX_MESSAGE_BYTES,
@@ -63,6 +64,7 @@ class Cluster:
         self._admin: AdminClient | None = None
         self._members: dict[str, Consumer] = {}
         self._deleted: dict[tuple[str, int], int] = {}
+        self._ids: dict[str, str] = {}
 
     def connect(self) -> None:
         """Reach one broker.
@@ -162,6 +164,22 @@ class Cluster:
                 raise failure(error.args[0], self._settings.shown, f"looking at topic {topic}") from error
             return False
         return True
+
+    def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
+        """Return the id of each of `topics` that is told: one that is made anew has another."""
+        wanted, found = TopicCollection(list(topics)), {}
+        asked = self._answered(lambda admin: admin.describe_topics(wanted, request_timeout=self._try_s))
+        for name, future in asked.items():
+            try:
+                found[name] = str(future.result().topic_id)
+            except KafkaException as error:
+                log.debug("the id of topic %s is not told: %s", name, describe(error.args[0]))
+        self._ids |= found
+        return found
+
+    def topic_id(self, topic: str) -> str:
+        """Return the id of a topic, or nothing where it is not told."""
+        return self.topic_ids([topic]).get(topic, "")
 
     def _partitions(self, topics: Iterable[str]) -> dict[str, int]:
         """Return how many partitions each of `topics` has that exists and can be used."""
@@ -307,12 +325,13 @@ class Cluster:
         return self.patiently(look, f"looking at offsets of {topics}")
 
     def committed(self, group: str, topic: str, partitions: int) -> dict[int, int]:
-        """Return the committed offset of each partition that has one."""
+        """Return the committed offset of each partition that has one, 0 for that of another topic of this name."""
         asked = [TopicPartition(topic, number) for number in range(partitions)]
 
         def look() -> dict[int, int]:
             places = self._member(group).committed(asked, timeout=self._try_s)
-            return {place.partition: place.offset for place in places if place.offset >= 0}
+            known = self._ids.get(topic, "")
+            return {place.partition: max(0, begin_of(place, known).offset) for place in places if place.offset >= 0}
 
         return self.patiently(look, f"looking at offsets of group {group}")
 
@@ -333,6 +352,7 @@ class Cluster:
     def delete_handled(self, channel: str, partitions: int) -> None:
         """Delete the messages of a Queue or Topic that all its groups have handled."""
         topic = self._settings.topic(channel)
+        self.topic_id(topic)
         groups = self._groups(channel)
         if groups is None:
             log.debug(

@@ -24,6 +24,7 @@ from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
+from trunkline.transports.kafka.place import CLEAN, OPEN, Place, begin_of, is_clean, metadata
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
 from trunkline.transports.kafka.settings import GONE, ClusterState, Settings, SignIn, client_log, describe
 from trunkline.transports.kafka.stranded import Stranded
@@ -49,25 +50,6 @@ END = KafkaError._PARTITION_EOF  # noqa: SLF001
 """Comes in place of a record: a partition was read up to an offset, for now."""
 SHIFT = 40
 """Bits of the offset in the position of a Queue's or Topic's delivery; the partition stands above them."""
-CLEAN, OPEN = "trunkline clean", "trunkline open"
-"""Metadata of a committed offset: nothing was under way behind it, or something may have been."""
-
-
-class _Place:
-    """A partition as the thread sees it.
-
-    Attributes:
-        suspects: so many of the next records are suspects.
-        until: from this offset on none is.
-        committed: up to where is committed, negative if nothing is known.
-    """
-
-    __slots__ = ("committed", "suspects", "until")
-
-    def __init__(self, committed: int, suspects: int, until: int) -> None:
-        self.committed = committed
-        self.suspects = suspects
-        self.until = until
 
 
 class Reader:
@@ -102,7 +84,7 @@ class Reader:
         self._failure: BaseException | None = None
         self._ended: asyncio.Future[None] = self._loop.create_future()
         # Of the thread: partitions assigned to it, and what it has handed to the loop.
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, Place] = {}
         self._unopened: list[int] = []
         self._reached: dict[int, int] = {}
         self._handed = 0
@@ -119,6 +101,8 @@ class Reader:
         self._draining = False
         self._stopping = False
         self._gone_topic = gone
+        self._cluster: Cluster
+        self._topic_id = self._new_id = ""
         self._heard = clock.monotonic()
 
     # --- start ---
@@ -131,12 +115,14 @@ class Reader:
                 have started at once is behind the ends that either of them saw.
         """
         consumer = self._make()
+        self._cluster = cluster
+        self._topic_id = self._new_id = cluster.topic_id(self.topic)
         places = [TopicPartition(self.topic, number) for number in ends]
         known = cluster.patiently(
             lambda: consumer.committed(places, timeout=self._settings.timeout_s), f"looking at offsets of {self.group}"
         )
         if all(place.offset < 0 for place in known):  # else what is not known is a partition that was added: all of it
-            new = [TopicPartition(self.topic, number, end, CLEAN) for number, end in ends.items()]
+            new = [self._place(number, end, CLEAN) for number, end in ends.items()]
             try:
                 consumer.commit(offsets=new, asynchronous=False)
             except KafkaException as error:
@@ -153,6 +139,10 @@ class Reader:
 
     def _join(self) -> None:
         self._consumer.subscribe([self.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
+
+    def look_at(self, topic_id: str) -> None:
+        """Note which topic has the name now: one that was made anew is read from its first message."""
+        self._new_id = topic_id
 
     def start(self) -> None:
         """Begin to read."""
@@ -177,7 +167,10 @@ class Reader:
         try:
             while not self._stopping:
                 if self._stranded:
-                    self._join_anew()
+                    self._join_anew(f"the client has lost every broker of {self._settings.shown}, it is made anew")
+                elif self._new_id != self._topic_id:
+                    self._topic_id = self._new_id
+                    self._join_anew(f"topic {self.topic} was made anew, it is read from its first message on")
                 self._commit()
                 most = self._room()
                 if most < 1:
@@ -201,9 +194,9 @@ class Reader:
             if found is not None and found.code() in GONE:
                 self._loop.call_soon_threadsafe(self._gone_topic, self.subscription.channel)
 
-    def _join_anew(self) -> None:
-        """Read on with a new consumer: this one asks nobody any more; see stranded.py."""
-        log.warning("%s: the client has lost every broker of %s, it is made anew", self.group, self._settings.shown)
+    def _join_anew(self, why: str) -> None:
+        """Read on with a new consumer: this one asks nobody any more, see stranded.py, or for what is not there."""
+        log.warning("%s: %s", self.group, why)
         stranded = self._consumer
         if self._places:
             self._lost(stranded, self._assignment())
@@ -255,7 +248,7 @@ class Reader:
             place = self._places.get(number)
             if place is not None and place.committed < low:
                 place.committed = low
-                offsets.append(TopicPartition(self.topic, number, low, OPEN))
+                offsets.append(self._place(number, low, OPEN))
         if not offsets:
             return
         try:
@@ -286,6 +279,9 @@ class Reader:
             self._consumer.resume(self._assignment())
         finally:
             self._is_waiting = False
+
+    def _place(self, number: int, offset: int, how: str) -> TopicPartition:
+        return TopicPartition(self.topic, number, offset, metadata(how, self._topic_id))
 
     def _assignment(self) -> list[TopicPartition]:
         return [TopicPartition(self.topic, number) for number in self._places]
@@ -338,7 +334,7 @@ class Reader:
             self._handed += len(deliveries)
             self._loop.call_soon_threadsafe(self._arrived, deliveries)
 
-    def _begin_again(self, number: int, offset: int) -> _Place:
+    def _begin_again(self, number: int, offset: int) -> Place:
         """Count a partition from `offset` on, which the group has passed: its topic was made anew.
 
         Cursors of the old topic would otherwise stand for messages of the new one that nobody has read.
@@ -355,7 +351,10 @@ class Reader:
 
         self._loop.call_soon_threadsafe(begin)
         done.wait(CALL_S)
-        self._places[number] = place = _Place(offset, 0, 0)
+        self._new_id = self._cluster.topic_id(self.topic) or self._topic_id
+        if len(self._places) == 1:  # else the others begin again too: from now on they may be behind where they were
+            self._topic_id = self._new_id
+        self._places[number] = place = Place(offset, 0, 0)
         return place
 
     def _wrong(self, error: KafkaError, record: Message) -> None:
@@ -392,12 +391,13 @@ class Reader:
         except KafkaException as error:
             log.warning("%s: no committed offsets, all are looked up again: %s", self.group, describe(error.args[0]))
             known = [TopicPartition(self.topic, place.partition) for place in partitions]
+        known = [begin_of(place, self._topic_id) for place in known]
         for place in known:
-            clean = place.offset >= 0 and place.metadata == CLEAN
+            clean = is_clean(place.metadata)
             until = 0 if clean else self._end_of(consumer, place)
-            self._places[place.partition] = _Place(place.offset, 0 if clean else SUSPECTS, until)
+            self._places[place.partition] = Place(place.offset, 0 if clean else SUSPECTS, until)
         consumer.incremental_assign([TopicPartition(p.topic, p.partition, p.offset) for p in known])
-        self._unopened += [place.partition for place in known if place.offset >= 0 and place.metadata == CLEAN]
+        self._unopened += [place.partition for place in known if place.offset >= 0 and is_clean(place.metadata)]
         self._loop.call_soon_threadsafe(self._opened, {place.partition: place.offset for place in known})
 
     def _end_of(self, consumer: Consumer, place: TopicPartition) -> int:
@@ -436,7 +436,7 @@ class Reader:
         self._loop.call_soon_threadsafe(self._drop, numbers)
 
     def _commit_now(self, offsets: dict[int, int], how: str) -> None:
-        places = [TopicPartition(self.topic, number, low, how) for number, low in offsets.items() if low >= 0]
+        places = [self._place(number, low, how) for number, low in offsets.items() if low >= 0]
         if not places:
             return
         try:

@@ -24,6 +24,8 @@ from trunkline.transports.kafka.settings import read_settings
 
 log = logging.getLogger("trunkline.kafka")
 
+WATCH_S = 2.0
+"""How often it is looked whether a topic that is read was made anew."""
 AGAIN_S = 1.0
 """Between two tries to make a topic again."""
 
@@ -51,6 +53,7 @@ class KafkaTransport:
         self._declaring = Declaring(self._declare, self._publisher.send)
         self._stopping = False
         self._restoring: dict[str, asyncio.Task[None]] = {}
+        self._watching: asyncio.Task[None] | None = None
         self._limiting: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, channels: Iterable[Channel], subscriptions: Iterable[Subscription]) -> None:
@@ -63,6 +66,8 @@ class KafkaTransport:
             self._publisher.start()
             reading = [self._read(subscription) for subscription in subscriptions]
             await _all(reading)
+            if self._readers:
+                self._watching = asyncio.get_running_loop().create_task(self._watch())
         except BaseException:
             await self.stop()
             raise
@@ -117,6 +122,21 @@ class KafkaTransport:
                 await self._clock.sleep(AGAIN_S)
             else:
                 return
+
+    async def _watch(self) -> None:
+        """Tell readers which topic has the name of theirs, until cancelled."""
+        readers = list(self._readers.values())
+        topics = sorted({reader.topic for reader in readers})
+        while True:
+            await self._clock.sleep(WATCH_S)
+            try:
+                found = await offload(self._cluster.topic_ids, topics)
+            except (TransportError, ConfigurationError) as error:
+                log.debug("whether topics were made anew is not known: %s", error)
+                continue
+            for reader in readers:
+                if reader.topic in found:
+                    reader.look_at(found[reader.topic])
 
     async def _connect(self) -> None:
         await offload(self._cluster.connect)
@@ -199,6 +219,8 @@ class KafkaTransport:
         self._declaring.stop()
         self._stopping = True
         restoring = [*self._restoring.values(), *self._limiting.values()]
+        if self._watching is not None:
+            restoring.append(self._watching)
         for task in restoring:
             task.cancel()
         await asyncio.gather(*restoring, return_exceptions=True)

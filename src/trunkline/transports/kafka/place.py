@@ -1,0 +1,56 @@
+"""How far a group has read a partition, and what it notes beside each offset that it commits.
+
+Invariant: an offset counts for the topic that it was committed for, not for one that was made anew under its name.
+Never does: I/O. Read next: reader.py.
+"""
+
+from __future__ import annotations
+
+from confluent_kafka import OFFSET_BEGINNING, TopicPartition
+
+CLEAN, OPEN = "trunkline clean", "trunkline open"
+"""Metadata of a committed offset: nothing was under way behind it, or something may have been."""
+_TOPIC = " in "
+
+
+class Place:
+    """A partition as the thread sees it.
+
+    Attributes:
+        suspects: so many of the next records are suspects.
+        until: from this offset on none is.
+        committed: up to where is committed, negative if nothing is known.
+    """
+
+    __slots__ = ("committed", "suspects", "until")
+
+    def __init__(self, committed: int, suspects: int, until: int) -> None:
+        self.committed = committed
+        self.suspects = suspects
+        self.until = until
+
+
+def metadata(how: str, topic_id: str) -> str:
+    """Return what is noted beside an offset.
+
+    Args:
+        how: CLEAN or OPEN.
+        topic_id: which topic of its name it is for, or nothing where that is not known.
+
+    >>> is_clean(metadata(CLEAN, "x")), is_clean(metadata(OPEN, "x"))
+    (True, False)
+    """
+    return f"{how}{_TOPIC}{topic_id}" if topic_id else how
+
+
+def is_clean(noted: str | None) -> bool:
+    """Return whether nothing was under way behind an offset."""
+    return (noted or "").partition(_TOPIC)[0] == CLEAN
+
+
+def begin_of(committed: TopicPartition, topic_id: str) -> TopicPartition:
+    """Return where to begin: where was committed, or at the first record if that was for another topic of this name."""
+    noted = (committed.metadata or "").partition(_TOPIC)[2]
+    if committed.offset < 0 or not (noted and topic_id) or noted == topic_id:
+        return committed
+    return TopicPartition(committed.topic, committed.partition, OFFSET_BEGINNING)
