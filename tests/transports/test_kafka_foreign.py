@@ -7,6 +7,7 @@ import time
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from tests.brokers import broker_url
 from tests.transports.test_kafka import numbers, started, take, until
@@ -98,6 +99,27 @@ async def test_a_header_whose_name_is_no_utf8_is_unreadable_and_ends_nothing(url
     await inspector.open()
     assert [seen.raw async for seen in inspector.read(jobs, from_start=True, follow=False)] == [b"x"] * 50
     await inspector.close()
+
+
+async def test_two_records_of_one_place_with_one_moment_of_their_producers_are_two(url, prefix, servers):
+    jobs = Queue("jobs", plain="t")
+    reader = Subscription("a", jobs)
+    topic = f"{prefix}.jobs"
+    admin = AdminClient({"bootstrap.servers": servers})
+    found = []
+    for value in (b"1", b"2"):
+        made = NewTopic(topic, 1, 1, config={"message.timestamp.type": "CreateTime"})
+        await until(lambda made=made: _is_made(admin, topic, made))
+        produce(servers, topic, value, timestamp=-1)
+        async with started(url, reader) as transport:
+            found += await take(transport, reader, 1)
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
+    assert numbers(found) == [1, 2]
+    assert found[0].message.identity != found[1].message.identity
+
+
+async def _is_made(admin, topic, made):
+    return await asyncio.to_thread(admin.create_topics([made])[topic].exception, 10) is None
 
 
 def transact(servers, topic, *values, end="commit_transaction"):

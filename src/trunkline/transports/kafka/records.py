@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from operator import methodcaller
 from typing import Any
+from zlib import crc32
 
-from confluent_kafka import Message
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
 
 from trunkline import wire
 from trunkline.errors import DecodeError
@@ -48,12 +49,17 @@ def key_of(record: Message) -> str | None:
 
 
 def plain_of(record: Message, type_name: str) -> wire.Plain:
-    """Return how a record that is no CloudEvent is read."""
+    """Return how a record that is no CloudEvent is read.
+
+    A moment that the producer gave is nobody's in particular: beside it the content is part of the id.
+    """
     kind, milliseconds = record.timestamp()
+    value: Any = record.value() or b""
+    content = "" if kind == TIMESTAMP_LOG_APPEND_TIME else f"/{crc32(value):08x}"
     return wire.Plain(
         type_name,
         str(record.topic()),
-        f"{record.topic()}/{record.partition()}/{record.offset()}/{milliseconds}",
+        f"{record.topic()}/{record.partition()}/{record.offset()}/{milliseconds}{content}",
         milliseconds / 1000 if kind != NO_TIMESTAMP else 0.0,
         key_of(record),
     )
