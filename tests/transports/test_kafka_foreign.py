@@ -1,6 +1,7 @@
 """Records of other programs on Apache Kafka that no Kafka client of Python could write, or that are no messages."""
 
 import asyncio
+import json
 import socket
 import struct
 import time
@@ -13,6 +14,7 @@ from tests.brokers import broker_url
 from tests.transports.test_kafka import numbers, started, take, until
 from trunkline.channel import Queue
 from trunkline.clock import system_clock
+from trunkline.message import to_structured
 from trunkline.transport import Subscription, parse_address
 from trunkline.transports.kafka.inspector import KafkaInspector
 
@@ -120,6 +122,21 @@ async def test_two_records_of_one_place_with_one_moment_of_their_producers_are_t
 
 async def _is_made(admin, topic, made):
     return await asyncio.to_thread(admin.create_topics([made])[topic].exception, 10) is None
+
+
+@pytest.mark.parametrize("timestamp", [-1, -5, 1_700_000_000_000_000, 2**63 - 1])
+async def test_a_moment_that_is_no_time_is_none(url, prefix, servers, timestamp):
+    jobs = Queue("jobs", plain="t")
+    topic = f"{prefix}.jobs"
+    admin = AdminClient({"bootstrap.servers": servers})
+    config = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(2**63 - 1)}
+    assert await _is_made(admin, topic, NewTopic(topic, 1, 1, config=config))
+    produce(servers, topic, b"1", timestamp=timestamp)
+    inspector = KafkaInspector(parse_address(url), system_clock)
+    await inspector.open()
+    (seen,) = [one async for one in inspector.read(jobs, from_start=True, follow=False)]
+    await inspector.close()
+    assert (seen.message.time, json.loads(to_structured(seen.message))["data"]) == (0.0, 1)
 
 
 def transact(servers, topic, *values, end="commit_transaction"):

@@ -9,12 +9,13 @@ from operator import methodcaller
 from typing import Any
 from zlib import crc32
 
-from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, TIMESTAMP_NOT_AVAILABLE, Message
 
 from trunkline import wire
 from trunkline.errors import DecodeError
 
-NO_TIMESTAMP = 0
+LAST_MS = 253_402_300_799_999
+"""The end of the year 9999."""
 _headers_of = methodcaller("headers")
 """For a name that is no UTF-8 the client returns a broken list and sets an error: a call by C code is checked for that,
 one by Python code that runs often is not, and ends the process."""
@@ -60,6 +61,6 @@ def plain_of(record: Message, type_name: str) -> wire.Plain:
         type_name,
         str(record.topic()),
         f"{record.topic()}/{record.partition()}/{record.offset()}/{milliseconds}{content}",
-        milliseconds / 1000 if kind != NO_TIMESTAMP else 0.0,
+        milliseconds / 1000 if kind != TIMESTAMP_NOT_AVAILABLE and 0 <= milliseconds <= LAST_MS else 0.0,
         key_of(record),
     )
