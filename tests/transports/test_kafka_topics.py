@@ -128,6 +128,21 @@ async def test_messages_that_fit_are_not_refused_because_others_are_in_their_bat
         await asyncio.gather(*(transport.send([staged(jobs, "x" * 1000)]) for _ in range(100)))
 
 
+async def test_a_topic_that_takes_no_message_without_a_key_is_told(url, prefix, admin):
+    jobs = Queue("jobs")
+    async with started(url, channels=[jobs]) as transport:
+        await alter(admin, f"{prefix}.jobs", "cleanup.policy", "compact")
+
+        async def refused():
+            (error,) = await asyncio.gather(transport.send([staged(jobs, 1)]), return_exceptions=True)
+            return error
+
+        await until(refused)
+        error = await refused()
+    assert error.code == "E313"
+    assert "each message needs a key" in error.hint
+
+
 async def test_a_topic_that_takes_less_than_it_did_is_sent_smaller_batches(url, prefix, admin):
     jobs = Queue("jobs")
     async with started(f"{url}&queue_partitions=1", channels=[jobs]) as transport:

@@ -342,7 +342,9 @@ class Publisher:
         if code in _REFUSED:
             return PublishError(
                 "E313", f"message {staged.message.id} for {name!r} was refused by {shown}: {describe(error)}",
-                "the channel must be declared at start of this or another App", unsent=unsent,
+                "the channel must be declared at start of this or another App" if code in GONE
+                else "see the settings of the topic: with cleanup.policy=compact each message needs a key",
+                unsent=unsent,
             )  # fmt: skip
         if code in _IN_VAIN and never_up:
             return TransportError(
