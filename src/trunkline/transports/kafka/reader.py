@@ -457,22 +457,23 @@ class Reader:
         self.inflow.reassigned()
 
     def _give_up(self, numbers: list[int], lows: dict[str, dict[int, int]], done: Event) -> None:
-        task = self._loop.create_task(self._give_up_idle(numbers, lows, done))
+        self._forget(numbers)
+        marks = {number: self.held[number] for number in numbers if number in self.held}
+        task = self._loop.create_task(self._give_up_idle(marks, lows, done))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
-    async def _give_up_idle(self, numbers: list[int], lows: dict[str, dict[int, int]], done: Event) -> None:
-        self._forget(numbers)
-        marks = {number: self.held[number] for number in numbers if number in self.held}
+    async def _give_up_idle(self, marks: dict[int, Watermark], lows: dict[str, dict[int, int]], done: Event) -> None:
         try:
             async with asyncio.timeout(CLOSE_S):
                 for mark in marks.values():
                     await mark.idle()
         except TimeoutError:
-            log.warning("%s: partitions %s move while messages of them are under way", self.group, numbers)
+            log.warning("%s: partitions %s move while messages of them are under way", self.group, list(marks))
         finally:
             lows |= self._lows(marks)
-            self._drop(numbers)
+            # The thread waits no longer than it must: a partition may have come back meanwhile.
+            self._drop([number for number, mark in marks.items() if self.held.get(number) is mark])
             done.set()
 
     def _drop(self, numbers: list[int]) -> None:
