@@ -212,7 +212,11 @@ class System:
         self.name = name
         self.services = list(services)
         if not self.services:
-            raise DefinitionError("E112", f"system {name!r} has no services", "give it at least one; one that only publishes is Service(...) without handlers")
+            raise DefinitionError(
+                "E112",
+                f"system {name!r} has no services",
+                "give it at least one; one that only publishes is Service(...) without handlers",
+            )
         for given in self.services:
             if not isinstance(given, Service):
                 raise DefinitionError(
@@ -246,7 +250,7 @@ class System:
         self._check_cycles()
 
     def _check_owners(self) -> None:
-        """Refuse a second reader of a Queue: each message goes to one of them, whether it has a handler for it or not."""
+        """Refuse a second reader of a Queue: each message would go to one of them, with a handler for it or without."""
         readers: dict[str, tuple[Service, Handler]] = {}
         for service in self.services:
             for handler in service.handlers:

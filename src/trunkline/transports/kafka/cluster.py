@@ -166,9 +166,15 @@ class Cluster:
         return True
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        """Return the id of each of `topics` that is told: one that is made anew has another."""
+        """Return the id of each of `topics` that is told: one that is made anew has another.
+
+        Raises: TransportError or ConfigurationError if nothing can be asked.
+        """
         wanted, found = TopicCollection(list(topics)), {}
-        asked = self._answered(lambda admin: admin.describe_topics(wanted, request_timeout=self._try_s))
+        try:
+            asked = self._answered(lambda admin: admin.describe_topics(wanted, request_timeout=self._try_s))
+        except KafkaException as error:
+            raise failure(error.args[0], self._settings.shown, "looking at topics") from error
         for name, future in asked.items():
             try:
                 found[name] = str(future.result().topic_id)

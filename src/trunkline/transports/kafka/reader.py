@@ -101,7 +101,6 @@ class Reader:
         self._draining = False
         self._stopping = False
         self._gone_topic = gone
-        self._cluster: Cluster
         self._topic_id = self._new_id = ""
         self._heard = clock.monotonic()
 
@@ -115,7 +114,7 @@ class Reader:
                 have started at once is behind the ends that either of them saw.
         """
         consumer = self._make()
-        self._cluster = cluster
+        self._cluster: Cluster = cluster
         self._topic_id = self._new_id = cluster.topic_id(self.topic)
         places = [TopicPartition(self.topic, number) for number in ends]
         known = cluster.patiently(
@@ -169,8 +168,9 @@ class Reader:
                 if self._stranded:
                     self._join_anew(f"the client has lost every broker of {self._settings.shown}, it is made anew")
                 elif self._new_id != self._topic_id:
-                    self._topic_id = self._new_id
-                    self._join_anew(f"topic {self.topic} was made anew, it is read from its first message on")
+                    known, self._topic_id = self._topic_id, self._new_id
+                    if known:
+                        self._join_anew(f"topic {self.topic} was made anew, it is read from its first message on")
                 self._commit()
                 most = self._room()
                 if most < 1:
