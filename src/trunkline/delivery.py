@@ -180,12 +180,12 @@ class Deliverer:
         except BaseException as error:  # noqa: BLE001 - _handle decides about every failure
             self._driver = new_driver()
             return self._handle(route, unit, delivery, _Raised(error))
-        if step is not NOTHING:
-            if not isinstance(step, Ended):
+        if step is not NOTHING or route.must_publish:
+            if step is not NOTHING and not isinstance(step, Ended):
                 begun, self._driver = Resume(self._driver, step), new_driver()
                 return self._handle(route, unit, delivery, begun)
             try:
-                self._stage(route, unit, message, step.value)
+                self._stage(route, unit, message, None if step is NOTHING else step.value)
             except Exception as error:  # noqa: BLE001 - as above
                 return self._handle(route, unit, delivery, _Raised(error))
         if self._circuit is not None:
@@ -244,8 +244,7 @@ class Deliverer:
         while True:
             try:
                 value = await self._run(route, unit, delivery, started)
-                if value is not None:
-                    self._stage(route, unit, delivery.message, value)
+                self._stage(route, unit, delivery.message, value)
             except DuplicateSignal:
                 await self._undo(unit)
                 unit.duplicate = True
@@ -444,8 +443,7 @@ class Deliverer:
             context = self._context(route, unit, first) if route.needs_context else None
             call = route.call(payloads, context) if route.is_async else offload(route.call, payloads, context)
             value = await self._run(route, unit, first, call)
-            if value is not None:
-                self._stage(route, unit, first.message, value)
+            self._stage(route, unit, first.message, value)
             if unit.transaction is None and len(unit.deliveries) > 1:
                 # A duplicate among them is told here, where the others can still be done alone.
                 await self._store.transaction(unit)

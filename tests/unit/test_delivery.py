@@ -488,6 +488,48 @@ async def test_a_returned_message_that_the_annotation_does_not_say_is_refused(ri
         assert "annotation" in letter.reason
 
 
+async def test_a_handler_that_returns_nothing_of_what_its_annotation_says_has_failed(rig, job):
+    service = Service("worker")
+    service.schema("CREATE TABLE IF NOT EXISTS effect (number INTEGER)")
+    news = Topic("results")
+
+    @news.event
+    class Done(Struct):
+        number: int
+
+    @service.handle
+    async def work(message: job, ctx: Context) -> Done:
+        transaction = await ctx.transaction()
+        await transaction.execute("INSERT INTO effect VALUES (?)", (message.number,))
+
+    async with rig.run(service) as app:
+        await app.publish(job("a", 1))
+        (letter,) = await rig.buried()
+        assert "E304" in letter.reason
+        assert "work returned nothing, and its annotation says Done" in letter.reason
+        assert letter.attempt == 1
+        assert rig.query("SELECT * FROM effect") == []
+
+
+async def test_a_handler_whose_annotation_says_none_too_may_return_nothing(rig, job):
+    service, seen = Service("worker"), []
+    news = Topic("results")
+
+    @news.event
+    class Done(Struct):
+        number: int
+
+    @service.handle
+    async def work(message: job) -> Done | None:
+        seen.append(message.number)
+
+    async with rig.run(service) as app:
+        await app.publish(job("a", 1))
+        await rig.idle()
+        assert seen == [1]
+        assert await app.store.dead_letters() == []
+
+
 # --- threads ---
 
 

@@ -118,6 +118,19 @@ def test_declarations_that_cannot_run_end_with_2(project):
     assert "order.paid  from stream orders  again()" in shown.out
 
 
+def test_a_schema_that_the_database_refuses_ends_with_2(project):
+    (project.folder / "wrong.py").write_text("from shop import *\npayment.schema('CREATE TABEL x (n)')\n")
+    said = project.cli("run", "wrong:payment", code=2).err.replace("\n", " ")
+    assert "E121 the schema of service 'payment' is refused: SQLError: near \"TABEL\": syntax error" in said
+    assert "mend the statement in payment.schema(...)" in said
+
+
+def test_a_system_that_has_nothing_to_do_says_so(project):
+    (project.folder / "idle.py").write_text("from trunkline import Service\nmail = Service('mail')\n")
+    with project.running("idle:mail"):
+        wait_until(lambda: "mail has no handler and nothing to do" in project.log(), "the warning")
+
+
 def test_a_background_task_that_fails_ends_with_1_and_its_traceback_in_the_log(project):
     (project.folder / "failing.py").write_text(
         "from shop import payment\n@payment.background\nasync def web(running):\n    raise OSError('port is taken')\n"
