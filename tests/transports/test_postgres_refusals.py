@@ -14,7 +14,7 @@ import pytest
 
 from tests.brokers import broker_url
 from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
-from trunkline.errors import StoreFullError, StoreLostError, TransportError
+from trunkline.errors import DefinitionError, StoreFullError, StoreLostError, TransportError
 
 ONCE = Retry(immediate=0, delays_s=())
 SOON = Retry(immediate=0, delays_s=(0.05,))
@@ -383,8 +383,11 @@ async def test_what_a_publisher_is_told_says_that_nothing_is_wrong_with_the_mess
         await app.send(jobs(2))
 
 
-async def test_what_a_service_s_own_schema_meets_is_raised_as_it_is(server):
+async def test_what_a_service_s_own_schema_meets_is_said_with_its_name(server):
     service = Service("worker")
     service.schema("CREATE TABLE effect (")
-    with pytest.raises(asyncpg.PostgresSyntaxError):
+    with pytest.raises(
+        DefinitionError, match=r"E121 .*'worker' is refused: PostgresSyntaxError: syntax error"
+    ) as caught:
         await App(service, server.url).start()
+    assert isinstance(caught.value.__cause__, asyncpg.PostgresSyntaxError)
