@@ -296,7 +296,9 @@ class App:
             services = ", ".join(service.name for service in self.system.services)
             log.info("%s runs on %s: %s", self.system.name, self._places(), services)
             if not any(service.handlers or service.backgrounds for service in self.system.services):
-                log.warning("%s has no handler and nothing to do: import the modules that declare them", services)
+                log.warning(
+                    "%s has nothing to do, no handler is declared: import the modules that do so", self.system.name
+                )
             try:
                 await self.ended()
             finally:

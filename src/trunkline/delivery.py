@@ -180,10 +180,10 @@ class Deliverer:
         except BaseException as error:  # noqa: BLE001 - _handle decides about every failure
             self._driver = new_driver()
             return self._handle(route, unit, delivery, _Raised(error))
+        if step is not NOTHING and not isinstance(step, Ended):
+            begun, self._driver = Resume(self._driver, step), new_driver()
+            return self._handle(route, unit, delivery, begun)
         if step is not NOTHING or route.must_publish:
-            if step is not NOTHING and not isinstance(step, Ended):
-                begun, self._driver = Resume(self._driver, step), new_driver()
-                return self._handle(route, unit, delivery, begun)
             try:
                 self._stage(route, unit, message, None if step is NOTHING else step.value)
             except Exception as error:  # noqa: BLE001 - as above

@@ -19,6 +19,7 @@ log = logging.getLogger("trunkline.link")
 LEAST_LEASE_S = 0.5
 """No shorter lease is taken."""
 LONGEST_S = 86_400 * 365.0
+"""Longest time that any option takes."""
 TIMEOUT_S = 30.0
 """How long a start or a publish waits for the broker; `?timeout_s=` in the URL says otherwise."""
 ATTEMPT_S = 60.0

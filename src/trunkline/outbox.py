@@ -1,8 +1,8 @@
 """The relay: sends what was staged in the outbox, when it is due.
 
 Invariant: a row is forgotten only after the broker has confirmed its message; a crash in between sends the same
-message id again, which the receiver's inbox absorbs. Rows of a channel leave in order; a channel without room holds
-back no other.
+message id again, which the receiver's inbox absorbs. Rows of a channel leave in order; a channel that takes nothing
+holds back no other.
 Read next: store.py.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
@@ -28,6 +28,8 @@ REFUSED_AGAIN_S = 60.0
 _REFUSALS = (PublishError, ConfigurationError)
 _OF_A_CHANNEL = (StoreFullError, *_REFUSALS)
 """What may be wrong with one channel, or one message, while others can be sent."""
+_UNANSWERED = ("E521", "E522")
+"""A broker that is reached does not confirm: it may be unable to for some channels only."""
 
 
 class Relay:
@@ -43,7 +45,7 @@ class Relay:
         self._channels = channels
         self._clock = clock
         self._changed = asyncio.Event()
-        self._full: dict[str, float] = {}  # channel without room → when it is tried again
+        self._waiting: dict[str, float] = {}  # channel that takes nothing now → when it is tried again
         store.on_staged(self._changed.set)
 
     async def work(self) -> None:
@@ -67,15 +69,15 @@ class Relay:
         """Send what is due now; return when the next is due, or None."""
         while True:
             now = self._clock.now()
-            self._full = {channel: again for channel, again in self._full.items() if again > now}
-            rows, next_due = await self._store.outbox_due(self._channels.keys() - self._full.keys(), now, BATCH)
+            self._waiting = {channel: again for channel, again in self._waiting.items() if again > now}
+            rows, next_due = await self._store.outbox_due(self._channels.keys() - self._waiting.keys(), now, BATCH)
             if not rows:
-                return min((due for due in (next_due, *self._full.values()) if due is not None), default=None)
+                return min((due for due in (next_due, *self._waiting.values()) if due is not None), default=None)
             error = await self._send(rows)
             if isinstance(error, _OF_A_CHANNEL):
                 await self._send_apart(rows)
             elif error is not None:
-                raise error
+                self._wait_with(dict.fromkeys(row.channel for row in rows), error)
 
     async def _send(self, rows: list[OutboxRow]) -> TrunklineError | None:
         """Send rows and forget what the broker has confirmed; return why it did not take what is left in `rows`."""
@@ -100,11 +102,18 @@ class Relay:
             error = await self._send(mine)
             if isinstance(error, _REFUSALS):
                 error = await self._send_singly(mine)
-            if isinstance(error, StoreFullError):
-                log.warning("the outbox waits with %s, trying again in %.0f s: %s", channel, AGAIN_S, error)
-                self._full[channel] = self._clock.now() + AGAIN_S
-            elif error is not None:
-                raise error
+            if error is not None:
+                self._wait_with([channel], error)
+
+    def _wait_with(self, channels: Collection[str], error: TrunklineError) -> None:
+        """Try channels again later; others go on, if it is theirs alone.
+
+        Raises: `error` if it says that it is not.
+        """
+        if not isinstance(error, StoreFullError) and error.code not in _UNANSWERED:
+            raise error
+        log.warning("the outbox waits with %s, trying again in %.0f s: %s", ", ".join(channels), AGAIN_S, error)
+        self._waiting |= dict.fromkeys(channels, self._clock.now() + AGAIN_S)
 
     async def _send_singly(self, rows: Sequence[OutboxRow]) -> TrunklineError | None:
         """Send what the broker takes; what it refuses waits, is said loudly, and stands in nobody's way.

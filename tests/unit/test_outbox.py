@@ -140,7 +140,12 @@ async def test_what_the_broker_has_confirmed_of_a_batch_that_failed_is_not_sent_
     await relayed(service, store, clock, refuse, [job(1), job(2), job(3)], check)
 
 
-async def test_a_channel_without_room_keeps_its_order_and_holds_back_no_other(job, store, clock, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "tries"), [(StoreFullError("E502", "no room"), 3), (TransportError("E521", "not confirmed"), 2)]
+)
+async def test_a_channel_that_takes_nothing_keeps_its_order_and_holds_back_no_other(
+    job, store, clock, monkeypatch, error, tries
+):
     monkeypatch.setattr("trunkline.outbox.BATCH", 3)  # the first batches are all for the full one
     small = Queue("outbox-small")
 
@@ -153,14 +158,14 @@ async def test_a_channel_without_room_keeps_its_order_and_holds_back_no_other(jo
     async def check(partly) -> None:
         await until(lambda: seen == [8, 9])
         await clock.advance(1.0)
-        await until(lambda: partly.tried.count(1) >= 3)
+        await until(lambda: partly.tried.count(1) >= tries)
         partly.refuse = lambda _staged: None
         await clock.advance(1.0)
         await until(lambda: seen == [8, 9, 1, 2, 3, 4, 5])
         assert (partly.tried.count(8), partly.tried.count(9)) == (1, 1)
 
     def refuse(staged):
-        return StoreFullError("E502", "no room") if staged.channel is small else None
+        return error if staged.channel is small else None
 
     payloads = [*map(Small, range(1, 6)), job(8), job(9)]
     await relayed(service, store, clock, refuse, payloads, check)

@@ -119,7 +119,7 @@ def existing_file(url: str, option: str = "--transport", origin: str = GIVEN) ->
         place = path if Path(path).is_absolute() else f"{path} in {Path.cwd()}"
         raise ConfigurationError(
             "E231",
-            f"there is no {place}" + ("" if origin == GIVEN else f", as {origin} names it"),
+            f"there is no {place}" + ("" if origin == GIVEN else f" (named by {origin})"),
             f"start a service on it first, or name the right file: {option} sqlite:///FILE",
         )
     return path

@@ -128,7 +128,7 @@ def test_a_schema_that_the_database_refuses_ends_with_2(project):
 def test_a_system_that_has_nothing_to_do_says_so(project):
     (project.folder / "idle.py").write_text("from trunkline import Service\nmail = Service('mail')\n")
     with project.running("idle:mail"):
-        wait_until(lambda: "mail has no handler and nothing to do" in project.log(), "the warning")
+        wait_until(lambda: "mail has nothing to do, no handler is declared" in project.log(), "the warning")
 
 
 def test_a_background_task_that_fails_ends_with_1_and_its_traceback_in_the_log(project):

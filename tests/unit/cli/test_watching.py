@@ -190,9 +190,9 @@ def test_a_topic_message_with_several_subscriptions_is_shown_once(used):
 )
 def test_a_file_that_does_not_exist_is_an_error_and_is_not_made(project, command):
     said = project.cli(*command, code=2).err.replace("\n", " ")
-    assert f"E231 there is no trunkline.db in {project.folder}, as the default names it" in said
+    assert f"E231 there is no trunkline.db in {project.folder} (named by the default)" in said
     variable = project.cli(*command, code=2, TRUNKLINE_TRANSPORT="sqlite:///other.db").err.replace("\n", " ")
-    assert f"E231 there is no other.db in {project.folder}, as TRUNKLINE_TRANSPORT names it" in variable
+    assert f"E231 there is no other.db in {project.folder} (named by TRUNKLINE_TRANSPORT)" in variable
     assert [path.name for path in project.folder.iterdir()] == ["shop.py"]
 
 

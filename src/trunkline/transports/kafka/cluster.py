@@ -166,15 +166,9 @@ class Cluster:
         return True
 
     def topic_ids(self, topics: Sequence[str]) -> dict[str, str]:
-        """Return the id of each of `topics` that is told: one that is made anew has another.
-
-        Raises: TransportError or ConfigurationError if nothing can be asked.
-        """
+        """Return the id of each of `topics` that is told, and note it: one that is made anew has another."""
         wanted, found = TopicCollection(list(topics)), {}
-        try:
-            asked = self._answered(lambda admin: admin.describe_topics(wanted, request_timeout=self._try_s))
-        except KafkaException as error:
-            raise failure(error.args[0], self._settings.shown, "looking at topics") from error
+        asked = self._answered(lambda admin: admin.describe_topics(wanted, request_timeout=self._try_s))
         for name, future in asked.items():
             try:
                 found[name] = str(future.result().topic_id)
@@ -358,7 +352,7 @@ class Cluster:
     def delete_handled(self, channel: str, partitions: int) -> None:
         """Delete the messages of a Queue or Topic that all its groups have handled."""
         topic = self._settings.topic(channel)
-        self.topic_id(topic)
+        self.topic_id(topic)  # offsets that were committed for another one of this name do not count
         groups = self._groups(channel)
         if groups is None:
             log.debug(

@@ -30,7 +30,7 @@ from trunkline.transport import Address, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.judgement import TopicFacts, judge_brokers, judge_topic
 from trunkline.transports.kafka.records import plain_of, text_headers
-from trunkline.transports.kafka.settings import ClusterState, client_log, failure, read_settings, refusal
+from trunkline.transports.kafka.settings import END, ClusterState, client_log, failure, read_settings, refusal
 
 BATCH = 500
 POLL_S = 0.3
@@ -173,7 +173,7 @@ class KafkaInspector:
             return True
         if (refused := refusal(error, self._settings.shown)) is not None:
             raise refused
-        if not _is_end(error):
+        if error.code() != END:
             state.note(error)
         return False
 
@@ -193,13 +193,9 @@ def _is_last(record: Message, ends: dict[int, int]) -> bool:
     """Return whether a partition was read up to where it ended: what is there may end before, or be gone."""
     error = record.error()
     if error is not None:
-        return _is_end(error)
+        return error.code() == END
     number, offset = record.partition(), record.offset()
     return number is not None and offset is not None and offset + 1 >= ends[number]
-
-
-def _is_end(error: KafkaError) -> bool:
-    return error.code() == KafkaError._PARTITION_EOF  # noqa: SLF001
 
 
 def _seen(record: Message, plain: str | None) -> Seen:

@@ -26,7 +26,7 @@ from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.place import CLEAN, OPEN, Place, begin_of, is_clean, metadata
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
-from trunkline.transports.kafka.settings import GONE, ClusterState, Settings, SignIn, client_log, describe
+from trunkline.transports.kafka.settings import END, GONE, ClusterState, Settings, SignIn, client_log, describe
 from trunkline.transports.kafka.stranded import Stranded
 
 log = logging.getLogger("trunkline.kafka")
@@ -46,8 +46,6 @@ SILENT_S, LOOK_S = 5.0, 1.0
 SUSPECTS = 1000
 """So many records of a partition may have been under way when the process before died; see consumer.IN_FLIGHT."""
 CALL_S = 10.0
-END = KafkaError._PARTITION_EOF  # noqa: SLF001
-"""Comes in place of a record: a partition was read up to an offset, for now."""
 SHIFT = 40
 """Bits of the offset in the position of a Queue's or Topic's delivery; the partition stands above them."""
 

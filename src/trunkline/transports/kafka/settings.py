@@ -43,7 +43,7 @@ QUEUE_PARTITIONS = 12
 """Partitions of a Queue or Topic that is made: so many processes can share its work."""
 MAX_MESSAGE_BYTES = MAX_WIRE_BYTES + 64 * 1024
 """Largest message that is sent: the largest that is read, with Kafka's own fields."""
-LONGEST_S = 3600.0
+MOST_S = 3600.0
 """Longest timeout and lease that the client takes."""
 MOST_PARTITIONS, MOST_COPIES = 100_000, 10_000
 """Of a topic, for the client."""
@@ -73,6 +73,8 @@ _PASSING = {
     KafkaError._TRANSPORT, KafkaError._WAIT_COORD, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
 }  # fmt: skip
 
+END = KafkaError._PARTITION_EOF  # noqa: SLF001
+"""Comes in place of a record: a partition was read up to an offset, for now."""
 GONE = {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION}  # noqa: SLF001
 """The topic is not there: it is new, or was deleted."""
 
@@ -176,8 +178,8 @@ def read_settings(address: Address) -> Settings:
         raise ConfigurationError(
             "E206", f"{address.shown} has a path", "write kafka://host:port,host:port?prefix=… without one"
         )
-    timeout_s = options.seconds("timeout_s", TIMEOUT_S, most=LONGEST_S)
-    lease_s = options.lease(LEASE_S, LONGEST_S)
+    timeout_s = options.seconds("timeout_s", TIMEOUT_S, most=MOST_S)
+    lease_s = options.lease(LEASE_S, MOST_S)
     prefix = options.text("prefix", "trunkline") or ""
     if not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(

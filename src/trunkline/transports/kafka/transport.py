@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from trunkline.channel import Channel, Stream
@@ -16,6 +16,7 @@ from trunkline.clock import Clock, offload
 from trunkline.declaring import Declaring
 from trunkline.errors import ConfigurationError, TransportError
 from trunkline.link import Link
+from trunkline.tasks import spawn
 from trunkline.transport import Address, Backlog, Capabilities, Delivery, Staged, Subscription
 from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.publisher import Publisher
@@ -67,7 +68,7 @@ class KafkaTransport:
             reading = [self._read(subscription) for subscription in subscriptions]
             await _all(reading)
             if self._readers:
-                self._watching = asyncio.get_running_loop().create_task(self._watch())
+                self._watching = spawn(self._watch(), _failed)
         except BaseException:
             await self.stop()
             raise
@@ -82,10 +83,7 @@ class KafkaTransport:
 
     def _too_large(self, channel: Channel) -> None:
         """Look whether a topic takes less than it did: a batch can be too large where each of its messages is not."""
-        name = channel.name
-        if name not in self._limiting and not self._stopping:
-            self._limiting[name] = task = asyncio.get_running_loop().create_task(self._look_at_limit(channel))
-            task.add_done_callback(lambda _: self._limiting.pop(name, None))
+        self._once(self._limiting, channel, self._look_at_limit)
 
     async def _look_at_limit(self, channel: Channel) -> None:
         try:
@@ -95,10 +93,18 @@ class KafkaTransport:
 
     def _gone(self, channel: Channel) -> None:
         """Declare a channel again whose topic is not there any more."""
-        if channel.name not in self._restoring and not self._stopping:
-            task = asyncio.get_running_loop().create_task(self._restore(channel))
-            self._restoring[channel.name] = task
-            task.add_done_callback(lambda _: self._restoring.pop(channel.name, None))
+        self._once(self._restoring, channel, self._restore)
+
+    def _once(
+        self,
+        running: dict[str, asyncio.Task[None]],
+        channel: Channel,
+        work: Callable[[Channel], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Run `work(channel)` unless it runs already, or the transport stops."""
+        if channel.name not in running and not self._stopping:
+            running[channel.name] = task = spawn(work(channel), _failed)
+            task.add_done_callback(lambda _: running.pop(channel.name, None))
 
     async def _restore(self, channel: Channel) -> None:
         topic = self._settings.topic(channel.name)
@@ -245,3 +251,8 @@ async def _all(acts: Iterable[Coroutine[Any, Any, None]]) -> None:
     for failed in done.result():
         if failed is not None:
             raise failed
+
+
+def _failed(error: BaseException) -> None:
+    """Tell what ended a task of which only refusals and lost connections are expected."""
+    log.error("a task of the Kafka transport has ended", exc_info=error)

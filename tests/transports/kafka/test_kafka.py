@@ -1,25 +1,33 @@
 """Apache Kafka as it is: declared, refused, restarted, shared, read by others."""
 
 import asyncio
-import json
 import threading
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
 
 from tests.brokers import broker_url, kill, restart, resume
-from tests.transports.kafka_front import Front
+from tests.transports.kafka.rig import (
+    before_the_broker,
+    nothing,
+    numbers,
+    produce,
+    staged,
+    started,
+    take,
+    take_different,
+    until,
+)
 from trunkline import Service, Struct
 from trunkline.app import App
 from trunkline.channel import Queue, Stream, Topic
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError, PublishError, TransportError
 from trunkline.inflow import ROOM
-from trunkline.message import Message
-from trunkline.transport import Staged, Subscription, load_adapter, parse_address
+from trunkline.transport import Subscription, load_adapter, parse_address
 from trunkline.transports.kafka import cluster as administering
 from trunkline.transports.kafka import reader as reading
 from trunkline.transports.kafka.cluster import Cluster
@@ -27,91 +35,6 @@ from trunkline.transports.kafka.probe import mechanisms_asked_for
 from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, passes, read_settings
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-def url():
-    return f"{broker_url('kafka')}?timeout_s=30&lease_s=6&prefix=t{time.time_ns()}"
-
-
-@pytest.fixture
-def prefix(url):
-    return url.rpartition("=")[2]
-
-
-@pytest.fixture
-def servers(url):
-    return url.removeprefix("kafka://").partition("?")[0]
-
-
-@pytest.fixture
-def admin(servers):
-    return AdminClient({"bootstrap.servers": servers})
-
-
-@asynccontextmanager
-async def started(url, *subscriptions, channels=()):
-    transport = load_adapter("trunkline.transports", url, system_clock)
-    await transport.start([*channels, *(one.channel for one in subscriptions)], subscriptions)
-    try:
-        yield transport
-    finally:
-        await transport.drain()
-        await transport.stop()
-
-
-def staged(channel, number, key=None, **attributes):
-    attributes = {"id": system_clock.new_id(), "data": json.dumps(number).encode(), **attributes}
-    return Staged(channel, Message(type="t", source="s", time=1.0, partitionkey=key, **attributes))
-
-
-async def take(transport, subscription, count, *, settle=True, within_s=30):
-    """Receive `count` messages, settling each batch."""
-    taken = []
-    async with asyncio.timeout(within_s):
-        while len(taken) < count:
-            batch = await transport.receive(subscription, count - len(taken))
-            if settle:
-                await transport.settle(batch)
-            taken += batch
-    return taken
-
-
-async def take_different(transport, subscription, count, within_s=60):
-    """Receive and settle until there were `count` different numbers; return them."""
-    found = set()
-    async with asyncio.timeout(within_s):
-        while len(found) < count:
-            batch = await transport.receive(subscription, 100)
-            await transport.settle(batch)
-            found |= set(numbers(batch))
-    return found
-
-
-def numbers(deliveries):
-    return [json.loads(one.message.data) for one in deliveries]
-
-
-async def nothing(transport, subscription, for_s=1.0):
-    """Check that nothing comes."""
-    receiving = asyncio.create_task(take(transport, subscription, 1, within_s=60))
-    await asyncio.sleep(for_s)
-    assert not receiving.done()
-    receiving.cancel()
-
-
-async def until(condition, within_s=30):
-    async with asyncio.timeout(within_s):
-        while not await condition():
-            await asyncio.sleep(0.05)
-
-
-async def produce(servers, topic, *values, **options):
-    """Publish as a program that does not know Trunkline."""
-    producer = Producer({"bootstrap.servers": servers})
-    for value in values:
-        producer.produce(topic, value, **options)
-    await asyncio.to_thread(producer.flush, 10)
 
 
 # --- declaration ---
@@ -532,14 +455,6 @@ async def test_stopping_while_the_broker_is_gone_does_not_take_long(url):
 
 
 # --- a cluster that says for a moment that it has no brokers ---
-
-
-@asynccontextmanager
-async def before_the_broker(url):
-    """Stand before the broker; gives what stands there, and the URL by which it is reached."""
-    port = url.partition("?")[0].rpartition(":")[2]
-    async with Front(int(port)) as front:
-        yield front, url.replace(f":{port}", f":{front.port}")
 
 
 async def forgotten(front, *clients):

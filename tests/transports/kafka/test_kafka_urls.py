@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.brokers import broker_url
-from tests.transports.test_kafka import numbers, staged, started, take
+from tests.transports.kafka.rig import numbers, staged, started, take
 from trunkline.channel import Queue
 from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError

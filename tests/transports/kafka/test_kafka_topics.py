@@ -1,7 +1,6 @@
 """Topics of Apache Kafka that change behind the services: added to, deleted, limited."""
 
 import asyncio
-import time
 from contextlib import suppress
 
 import pytest
@@ -17,33 +16,13 @@ from confluent_kafka.admin import (
 )
 
 from tests.brokers import broker_url
-from tests.transports.test_kafka import numbers, produce, staged, started, take, take_different, until
+from tests.transports.kafka.rig import is_made, numbers, produce, staged, started, take, take_different, until
 from trunkline.channel import Queue, Stream, Topic
 from trunkline.transport import Subscription
 from trunkline.transports.kafka.place import CLEAN, metadata
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(90)]
 EVENT = b'{"specversion":"1.0","id":"%d","type":"t","source":"s","time":"2026-01-01T00:00:00Z","data":%d}'
-
-
-@pytest.fixture
-def url():
-    return f"{broker_url('kafka')}?timeout_s=20&lease_s=6&prefix=t{time.time_ns()}"
-
-
-@pytest.fixture
-def prefix(url):
-    return url.rpartition("=")[2]
-
-
-@pytest.fixture
-def servers(url):
-    return url.removeprefix("kafka://").partition("?")[0]
-
-
-@pytest.fixture
-def admin(servers):
-    return AdminClient({"bootstrap.servers": servers})
 
 
 async def alter(admin, topic, name, value):
@@ -169,7 +148,7 @@ async def test_a_topic_that_was_made_anew_and_filled_at_once_is_read_from_its_fi
         assert len(await take(transport, reader, 60)) == 60
         await until(lambda: _commits(transport, reader, 60))
         await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
-        await until(lambda: _is_made(admin, topic, partitions))
+        await until(lambda: is_made(admin, NewTopic(topic, partitions, 1)))
         for partition in range(partitions):
             values = [EVENT % (number, number) for number in range(1000 * partition, 1000 * partition + 200)]
             await produce(servers, topic, *values, partition=partition)
@@ -207,8 +186,3 @@ async def _commits(transport, reader, count):
     one = transport._readers[reader.label]
     known = await asyncio.to_thread(transport._cluster.committed, one.group, one.topic, reader.channel.partitions)
     return sum(known.values()) == count
-
-
-async def _is_made(admin, topic, partitions):
-    made = admin.create_topics([NewTopic(topic, partitions, 1)])[topic]
-    return await asyncio.to_thread(made.exception, 10) is None

@@ -7,16 +7,12 @@ import struct
 import time
 
 import pytest
-from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import NewTopic
 
-from tests.brokers import broker_url
-from tests.transports.test_kafka import numbers, started, take, until
+from tests.transports.kafka.rig import is_made, looking, numbers, started, take, transact, until
 from trunkline.channel import Queue
-from trunkline.clock import system_clock
 from trunkline.message import to_structured
-from trunkline.transport import Subscription, parse_address
-from trunkline.transports.kafka.inspector import KafkaInspector
+from trunkline.transport import Subscription
 
 pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
 NOT_UTF8 = b"\xff\xfe"
@@ -25,18 +21,8 @@ NOT_READY = {3, 5, 6}
 
 
 @pytest.fixture
-def url():
-    return f"{broker_url('kafka')}?timeout_s=30&lease_s=6&queue_partitions=1&prefix=t{time.time_ns()}"
-
-
-@pytest.fixture
-def prefix(url):
-    return url.rpartition("=")[2]
-
-
-@pytest.fixture
-def servers(url):
-    return url.removeprefix("kafka://").partition("?")[0]
+def url(url):
+    return url.replace("?", "?queue_partitions=1&")
 
 
 def crc32c(data):
@@ -97,21 +83,18 @@ async def test_a_header_whose_name_is_no_utf8_is_unreadable_and_ends_nothing(url
             produce(servers, f"{prefix}.jobs", b"x", [(NOT_UTF8, b"x")])
         taken = await take(transport, reader, 50)
         assert {(one.message, one.raw, one.unread[0]) for one in taken} == {(None, b"x", "E404")}
-    inspector = KafkaInspector(parse_address(url), system_clock)
-    await inspector.open()
-    assert [seen.raw async for seen in inspector.read(jobs, from_start=True, follow=False)] == [b"x"] * 50
-    await inspector.close()
+    async with looking(url) as inspector:
+        assert [seen.raw async for seen in inspector.read(jobs, from_start=True, follow=False)] == [b"x"] * 50
 
 
-async def test_two_records_of_one_place_with_one_moment_of_their_producers_are_two(url, prefix, servers):
+async def test_two_records_of_one_place_with_one_moment_of_their_producers_are_two(url, prefix, servers, admin):
     jobs = Queue("jobs", plain="t")
     reader = Subscription("a", jobs)
     topic = f"{prefix}.jobs"
-    admin = AdminClient({"bootstrap.servers": servers})
     found = []
     for value in (b"1", b"2"):
         made = NewTopic(topic, 1, 1, config={"message.timestamp.type": "CreateTime"})
-        await until(lambda made=made: _is_made(admin, topic, made))
+        await until(lambda made=made: is_made(admin, made))
         produce(servers, topic, value, timestamp=-1)
         async with started(url, reader) as transport:
             found += await take(transport, reader, 1)
@@ -120,51 +103,36 @@ async def test_two_records_of_one_place_with_one_moment_of_their_producers_are_t
     assert found[0].message.identity != found[1].message.identity
 
 
-async def _is_made(admin, topic, made):
-    return await asyncio.to_thread(admin.create_topics([made])[topic].exception, 10) is None
-
-
 @pytest.mark.parametrize("timestamp", [-1, -5, 1_700_000_000_000_000, 2**63 - 1])
-async def test_a_moment_that_is_no_time_is_none(url, prefix, servers, timestamp):
+async def test_a_moment_that_is_no_time_is_none(url, prefix, servers, admin, timestamp):
     jobs = Queue("jobs", plain="t")
     topic = f"{prefix}.jobs"
-    admin = AdminClient({"bootstrap.servers": servers})
     config = {"message.timestamp.type": "CreateTime", "message.timestamp.after.max.ms": str(2**63 - 1)}
-    assert await _is_made(admin, topic, NewTopic(topic, 1, 1, config=config))
+    assert await is_made(admin, NewTopic(topic, 1, 1, config=config))
     produce(servers, topic, b"1", timestamp=timestamp)
-    inspector = KafkaInspector(parse_address(url), system_clock)
-    await inspector.open()
-    (seen,) = [one async for one in inspector.read(jobs, from_start=True, follow=False)]
-    await inspector.close()
+    async with looking(url) as inspector:
+        (seen,) = [one async for one in inspector.read(jobs, from_start=True, follow=False)]
     assert (seen.message.time, json.loads(to_structured(seen.message))["data"]) == (0.0, 1)
-
-
-def transact(servers, topic, *values, end="commit_transaction"):
-    producer = Producer({"bootstrap.servers": servers, "transactional.id": topic})
-    producer.init_transactions(30)
-    producer.begin_transaction()
-    for value in values:
-        producer.produce(topic, value, partition=0)
-    producer.flush(30)
-    getattr(producer, end)(30)
 
 
 async def test_markers_of_transactions_and_what_was_aborted_are_no_backlog(url, prefix, servers):
     jobs = Queue("jobs", plain="t")
     reader = Subscription("a", jobs)
     async with started(url, reader) as transport:
-        await asyncio.to_thread(transact, servers, f"{prefix}.jobs", b"1", b"2")
-        await asyncio.to_thread(transact, servers, f"{prefix}.jobs", b"3", end="abort_transaction")
+        await transact(servers, f"{prefix}.jobs", b"1", b"2")
+        await transact(servers, f"{prefix}.jobs", b"3", end="abort_transaction")
         taken = await take(transport, reader, 2, settle=False)
         assert numbers(taken) == [1, 2]
-        await asyncio.sleep(1)
+        await until(lambda: end_is_known(transport, reader))
         assert (await transport.backlog(reader)).waiting >= 2
         await transport.settle(taken)
         await until(lambda: nothing_waits(transport, reader))
-    inspector = KafkaInspector(parse_address(url), system_clock)
-    await inspector.open()
-    assert [lag.waiting for lag in await inspector.look([reader])] == [0]
-    await inspector.close()
+    async with looking(url) as inspector:
+        assert [lag.waiting for lag in await inspector.look([reader])] == [0]
+
+
+async def end_is_known(transport, reader):
+    return transport._readers[reader.label]._ends
 
 
 async def nothing_waits(transport, reader):
