@@ -2,8 +2,8 @@
 
 Invariant: whatever `submit` was told is done is on disk (WAL, synchronous=FULL); a failed sync is fatal
 and never retried; a process that another one took over commits nothing more.
-SQL runs on the loop (microseconds, nothing waits); what waits runs in one thread: the lock, the commit with
-its sync, the checkpoint. Never does: messages (transports/sqlite/transport.py) or inbox (stores/sqlite/store.py).
+SQL runs on the loop (microseconds, nothing waits); what waits runs in one thread: the lock and, unless the disk is
+fast, the commit with its sync and checkpoint. Never does: messages (transports/sqlite) or inbox (stores/sqlite).
 Read next: stores/sqlite/store.py.
 """
 
@@ -539,8 +539,8 @@ class Engine:
 
     def _commit(self) -> None:
         self._phase = "committing"
-        # A lone small group on a fast disk: the two thread switches would cost as much as the sync.
-        if self._commit_s < 0.0005 and self._applied <= 1:  # noqa: PLR2004
+        # On a fast disk the way to the thread and back would cost as much as the sync.
+        if self._commit_s < 0.0005:  # noqa: PLR2004
             error: BaseException | None = None
             try:
                 self._commit_now()
