@@ -385,6 +385,19 @@ class Deliverer:
             self._parking.settled(delivery, outcome)
         self._store.submit(unit)
 
+    def broken_at_end(self, unit: Unit, error: BaseException) -> None:
+        """Decide about a message that was handled, but at the commit broke a constraint of the user's."""
+        (delivery,) = unit.deliveries
+        self._parking.undone(delivery, unit.outcome)
+        delivery.attempt += 1
+        retry = self._retry_of(delivery.message)
+        verdict = retry.verdict(error, delivery.attempt + retry.immediate, self._clock.random())
+        self.settle(Unit((delivery,), self._settled, unit.owner), verdict)
+
+    def _retry_of(self, message: Message | None) -> Retry:
+        route = self._every if message is None else self._routes.get(message.type, self._every)
+        return Retry() if route is None else route.retry
+
     async def deliver_batch(self, deliveries: Sequence[Delivery]) -> None:
         """Take several deliveries through one call of a `list[T]` handler; one that fails alone fails alone."""
         route = self._every or next(iter(self._routes.values()))

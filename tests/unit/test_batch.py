@@ -1,7 +1,13 @@
 """Batches: what one message does to the others of its call."""
 
 from tests.unit.rig import until
-from trunkline import Batch, Message, Service, Stream, Struct
+from trunkline import Batch, Context, Message, Queue, Retry, Service, Stream, Struct
+
+CHILDREN = (
+    "CREATE TABLE IF NOT EXISTS parent (id INTEGER PRIMARY KEY)",
+    "CREATE TABLE IF NOT EXISTS child (parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)",
+)
+ONCE = Retry(immediate=0, delays_s=())
 
 
 def reading(key: str, celsius: str) -> Message:
@@ -57,3 +63,54 @@ async def test_a_message_of_a_batch_whose_own_check_raises_is_set_aside_and_the_
         await until(lambda: sorted(seen) == ["a", "c"])
         await rig.idle()
     assert (letter.code, letter.key) == ("E412", "b")
+
+
+async def test_a_message_that_breaks_a_constraint_at_the_commit_of_its_batch_is_set_aside_alone(rig):
+    births = Queue("batch-births")
+    service, sizes = Service("registry"), []
+    service.schema(*CHILDREN)
+
+    @births.command
+    class Birth(Struct):
+        parent: int | None
+
+    @service.handle(batch=Batch(size=10, wait_s=3600), retry=ONCE)
+    async def enter(batch: list[Birth], ctx: Context) -> None:
+        sizes.append(len(batch))
+        tx = await ctx.transaction()
+        for birth in batch:
+            await tx.execute("INSERT INTO child VALUES (?)", (birth.parent,))
+
+    async with rig.run(service) as app:
+        await app.publish_all([Birth(99 if number == 5 else None) for number in range(10)])
+        await rig.pass_time(lambda: len(sizes) == 11)
+        (letter,) = await rig.buried()
+        await rig.idle()
+        assert "foreign key" in letter.reason.lower()
+        assert rig.query("SELECT count(*) FROM child") == [(9,)]
+    assert sizes == [10] + [1] * 10
+
+
+async def test_what_a_commit_breaks_is_tried_again_as_its_own_handler_says(rig):
+    births = Queue("own-births")
+    service = Service("registry")
+    service.schema(*CHILDREN)
+
+    @births.command
+    class Wedding(Struct): ...
+
+    @births.command
+    class Birth(Struct): ...
+
+    @service.handle(retry=Retry(immediate=0, delays_s=(60.0,)))
+    async def marry(wedding: Wedding) -> None: ...
+
+    @service.handle(retry=ONCE)
+    async def enter(birth: Birth, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute("INSERT INTO child VALUES (99)")
+
+    async with rig.run(service) as app:
+        await app.publish(Birth())
+        (letter,) = await rig.buried()
+        assert "foreign key" in letter.reason.lower()
