@@ -114,3 +114,27 @@ async def test_what_a_commit_breaks_is_tried_again_as_its_own_handler_says(rig):
         await app.publish(Birth())
         (letter,) = await rig.buried()
         assert "foreign key" in letter.reason.lower()
+
+
+async def test_a_batch_that_runs_while_the_commit_before_it_fails_stays_behind_it(rig):
+    births = Stream("batch-order", key="mother")
+    service = Service("registry")
+    service.schema(*CHILDREN, "CREATE TABLE IF NOT EXISTS effect (place INTEGER, number INTEGER)")
+
+    @births.event
+    class Birth(Struct):
+        mother: str
+        number: int
+
+    @service.handle(batch=Batch(size=2), retry=Retry(immediate=0, delays_s=(1.0,), jitter=0))
+    async def enter(batch: list[Birth], ctx: Context) -> None:
+        tx = await ctx.transaction()
+        for birth in batch:
+            await tx.execute("INSERT INTO effect VALUES ((SELECT count(*) FROM effect), ?)", (birth.number,))
+            if birth.number == ctx.attempt == 0:
+                await tx.execute("INSERT INTO child VALUES (99)")
+
+    async with rig.run(service) as app:
+        await app.publish_all([Birth("a", number) for number in range(6)])
+        await rig.pass_time(lambda: rig.query("SELECT count(*) FROM effect") == [(6,)])
+        assert rig.query("SELECT number FROM effect ORDER BY place") == [(number,) for number in range(6)]
