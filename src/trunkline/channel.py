@@ -121,8 +121,14 @@ class MessageType:
             try:
                 plain = upcast(plain)
             except Exception as error:
-                raise DecodeError("E414", f"upcasting {self.name} from version {version} failed: {error!r}") from error
-        return encode_json(plain)
+                raise self._not_upcast(version, error) from error
+        try:
+            return encode_json(plain)
+        except Exception as error:  # what the last one gave has no JSON form
+            raise self._not_upcast(self.version - 1, error) from error
+
+    def _not_upcast(self, version: int, error: Exception) -> DecodeError:
+        return DecodeError("E414", f"upcasting {self.name} from version {version} failed: {error!r}")
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} v{self.version} on {self.channel.name}>"

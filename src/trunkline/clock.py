@@ -14,7 +14,9 @@ import random as _random
 import threading as _threading
 import time as _time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain, count
 from typing import Any, TypeVar
 
@@ -166,13 +168,25 @@ system_clock = Clock()
 """The clock of this process."""
 
 
+MOST_THREADS = 1000
+"""Most worker threads of a process; one is made when none is idle. An event loop's own are cores + 4."""
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MOST_THREADS, "trunkline")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+
+
 async def offload(function: Callable[..., T], *args: Any) -> T:
     """Run a blocking function in a worker thread; the only way to a thread.
 
     A thread cannot be interrupted: when the caller is cancelled, `function` goes on unheard.
     Raises: whatever `function` raises; RuntimeError for a StopIteration, which no future can carry.
     """
-    return await asyncio.get_running_loop().run_in_executor(None, _call, function, *args)
+    return await asyncio.get_running_loop().run_in_executor(_threads(), _call, function, *args)
 
 
 def _call(function: Callable[..., T], *args: Any) -> T:

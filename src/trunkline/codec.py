@@ -108,7 +108,7 @@ def checked_decode(decode: Callable[[bytes], Any], name: str, *, deep: bool = Tr
             check_limits(data)
         try:
             return decode(data)
-        except (ValueError, RecursionError, TypeError) as error:  # msgspec and pydantic errors are ValueErrors
+        except Exception as error:  # the user's own checks in it may raise anything
             raise DecodeError("E412", f"payload is not a valid {name}: {_first_line(error)}") from error
 
     return checked

@@ -83,6 +83,7 @@ class Consumer:
         self._batch_ended = asyncio.Event()
         self._batch_ended.set()
         self._gathered: list[Delivery] = []
+        self._singly: set[int] = set()  # those whose batch broke a constraint at its commit, by their `id`
         self._gathering = asyncio.Event()
         self._full = asyncio.Event()
         self._batches_idle = asyncio.Event()
@@ -396,10 +397,12 @@ class Consumer:
         options = self._options.batch
         while not self.deliverer.stopping:  # a handler may have swallowed what was to end this
             await self._gathering.wait()
-            if options.wait_s and len(self._gathered) < options.size:
+            if options.wait_s and len(self._gathered) < self._next_size():
                 await self._fill(options.wait_s)
             await self._going.wait()
-            taken, self._gathered = self._gathered[: options.size], self._gathered[options.size :]
+            size = self._next_size()
+            taken, self._gathered = self._gathered[:size], self._gathered[size:]
+            self._singly.difference_update(map(id, taken))
             if not self._gathered:
                 self._gathering.clear()
             owned = [delivery for delivery in taken if not self._is_lost(delivery)]
@@ -410,6 +413,9 @@ class Consumer:
                 self._batch_ended.set()
             if not (self._gathered or self._redo):
                 self._batches_idle.set()
+
+    def _next_size(self) -> int:
+        return 1 if self._gathered and id(self._gathered[0]) in self._singly else self._options.batch.size
 
     async def _fill(self, wait_s: float) -> None:
         """Wait until a batch is full, `wait_s` seconds at most."""
@@ -464,9 +470,11 @@ class Consumer:
     def _undone(self, unit: Unit, error: BaseException) -> None:
         """Nothing of `unit` was stored: do it again, before anything later of this subscription."""
         if not isinstance(error, TrunklineError):
-            if not _is_set_aside_for(error, unit):
-                # The user's statements broke a constraint at the end of the unit: a failure of the handler.
-                self._retry_unit(unit, error)
+            # The user's statements broke a constraint at the end of the unit: a failure of the handler.
+            if len(unit.deliveries) > 1:
+                self._singly.update(map(id, unit.deliveries))
+            elif not _is_set_aside_for(error, unit):
+                self.deliverer.broken_at_end(unit, error)
                 return
         elif _is_final(error):
             self._broken = True  # the engine has stopped; the service stops with it
@@ -479,15 +487,6 @@ class Consumer:
             self._hold("commit")
             self._spawn(self._do_again())
         self._redo += unit.deliveries
-
-    def _retry_unit(self, unit: Unit, error: BaseException) -> None:
-        for delivery in unit.deliveries:
-            self.parking.undone(delivery, unit.outcome)
-            delivery.attempt += 1
-            verdict = self._options.retry.verdict(
-                error, delivery.attempt + self._options.retry.immediate, self._clock.random()
-            )
-            self.deliverer.settle(Unit((delivery,), self.settled, unit.owner), verdict)
 
     async def _do_again(self) -> None:
         """Put what was undone in front, once nothing older can be added to it any more."""

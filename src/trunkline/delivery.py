@@ -201,12 +201,16 @@ class Deliverer:
         if delivery.message is None and (unreadable := self._read(delivery)) is not None:
             return unreadable
         message: Message = delivery.message  # type: ignore[assignment]
-        if delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0:
+        if self._is_behind(delivery):
             handled = self._every is not None or message.type in self._routes
             return BEHIND if handled else PASSED
         if message.expirytime is not None and message.expirytime < self._clock.now():
             return Discard("expired")
         return None
+
+    def _is_behind(self, delivery: Delivery) -> bool:
+        """Return whether an earlier message of its key is parked or set aside."""
+        return delivery.key in self._parked and delivery.row == LIVE and delivery.partition >= 0
 
     def _read(self, delivery: Delivery) -> DeadLetter | None:
         """Read the envelope of a delivery; return what becomes of it if that cannot be done."""
@@ -267,6 +271,9 @@ class Deliverer:
                 await self._undo(unit)
                 raise
             break
+        if self._is_behind(delivery):  # only now: the commit of the one before it has failed
+            await self._undo(unit)
+            outcome = BEHIND
         if epoch == self.epoch:
             self.settle(unit, outcome)
         else:
@@ -385,6 +392,19 @@ class Deliverer:
             self._parking.settled(delivery, outcome)
         self._store.submit(unit)
 
+    def broken_at_end(self, unit: Unit, error: BaseException) -> None:
+        """Decide about a message that was handled, but at the commit broke a constraint of the user's."""
+        (delivery,) = unit.deliveries
+        self._parking.undone(delivery, unit.outcome)
+        delivery.attempt += 1
+        retry = self._retry_of(delivery.message)
+        verdict = retry.verdict(error, delivery.attempt + retry.immediate, self._clock.random())
+        self.settle(Unit((delivery,), self._settled, unit.owner), verdict)
+
+    def _retry_of(self, message: Message | None) -> Retry:
+        route = self._every if message is None else self._routes.get(message.type, self._every)
+        return Retry() if route is None else route.retry
+
     async def deliver_batch(self, deliveries: Sequence[Delivery]) -> None:
         """Take several deliveries through one call of a `list[T]` handler; one that fails alone fails alone."""
         route = self._every or next(iter(self._routes.values()))
@@ -411,9 +431,10 @@ class Deliverer:
         if epoch != self.epoch:
             await self._undo(unit)
             self._settled(unit, UndoneError())
-        elif outcome is not None:
+        elif outcome is not None and not any(map(self._is_behind, runnable)):
             self.settle(unit, outcome)
         else:
+            await self._undo(unit)
             await self._deliver_singly(route, runnable)
 
     async def _deliver_singly(self, route: Route, deliveries: Sequence[Delivery]) -> None:

@@ -57,7 +57,7 @@ class Options(msgspec.Struct, frozen=True):
         concurrency: calls under way at once in one process.
         batch: sizes for a `list[T]` handler.
         after_dead_letter: `hold` keeps the later messages of a dead letter's key waiting; `continue` does not.
-        parked_limit: most parked messages of the subscription; when reached it pauses.
+        parked_limit: on Streams, most parked messages with a key; when reached the subscription pauses.
         start: where a new reader of a Stream begins: `earliest`, `latest` or a moment, an aware datetime.
         breaker: when to pause because what it calls is away; None never does.
     """

@@ -24,6 +24,8 @@ log = logging.getLogger("trunkline.parking")
 BEHIND = RetryLater(0.0, "waits behind an earlier message of its key")
 AGAIN_S = 1.0
 """Wait before looking again after the store failed."""
+CALM = 10
+"""After all keys were loaded anew nothing is for so many times as long, AGAIN_S at most: there may be very many."""
 
 
 class Parking:
@@ -56,6 +58,7 @@ class Parking:
         self._running: set[str] = set()
         self._changed = asyncio.Event()
         self._reload = True
+        self._calm_until = 0.0
         self._room = asyncio.Event()
         self._room.set()
         self.keys: dict[str, int] = {}
@@ -143,9 +146,7 @@ class Parking:
                 await self._changed.wait()
 
     async def _step(self) -> float | None:
-        if self._reload:
-            self._reload = False
-            await self.load()
+        calm_s = await self._load_anew() if self._reload else 0.0
         now = self._clock.now()
         found, next_due = await self._store.parked_due(self._subscription, self._owns, now, 100, self._running)
         for delivery in found:
@@ -154,7 +155,23 @@ class Parking:
                 self._running.add(delivery.key)
         if found:
             await self._run(found)
+        if calm_s > 0:
+            next_due = now + calm_s if next_due is None else min(next_due, now + calm_s)
         return next_due
+
+    async def _load_anew(self) -> float:
+        """Load the keys, unless that was just done; return after how many seconds to do it, or 0 if it is done.
+
+        Nothing depends on doing so at once: what is redriven is counted already, and what was discarded only lets go.
+        """
+        began = self._clock.monotonic()
+        if began < self._calm_until:
+            return self._calm_until - began
+        self._reload = False
+        await self.load()
+        ended = self._clock.monotonic()
+        self._calm_until = ended + min(CALM * (ended - began), AGAIN_S)
+        return 0.0
 
     def tell(self, kind: FactKind, reason: str) -> None:
         """Tell observers that the subscription pauses or goes on."""

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from tests.brokers import broker_url
-from tests.unit import test_delivery, test_refused_units
+from tests.unit import test_batch, test_delivery, test_refused_units
 from tests.unit.rig import Rig
 from trunkline.clock import ManualClock
 from trunkline.transport import Subscription
@@ -37,7 +37,7 @@ ELSEWHERE = {
     # It names its file itself.
     "test_what_a_relay_had_taken_is_sent_by_the_next_process",
 }
-for _module in (test_delivery, test_refused_units):
+for _module in (test_batch, test_delivery, test_refused_units):
     globals().update(
         (name, value)
         for name, value in vars(_module).items()

@@ -611,6 +611,19 @@ async def test_a_handler_that_wants_the_process_to_end_has_failed(rig, job, rais
         assert f"the handler raised {type(raised).__name__}" in letter.reason
 
 
+async def test_as_many_plain_functions_run_at_once_as_concurrency_says(rig, job):
+    service, together = Service("worker"), threading.Barrier(64)
+
+    @service.handle(retry=ONCE)
+    def work(_message: job) -> None:
+        together.wait(10)
+
+    async with rig.run(service) as app:
+        await app.publish_all([job(str(number)) for number in range(64)])
+        await rig.idle(20)
+        assert await rig.dead() == []
+
+
 async def test_a_plain_function_that_raises_stop_iteration_has_failed(rig, job):
     service = Service("worker")
 

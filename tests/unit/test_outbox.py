@@ -5,8 +5,9 @@ import json
 import pytest
 
 from tests.unit.rig import until
-from trunkline import App, Queue, Service, Struct
+from trunkline import App, Message, Queue, Service, Struct
 from trunkline.errors import ConfigurationError, PublishError, StoreFullError, TransportError
+from trunkline.message import pack
 from trunkline.outbox import REFUSED_AGAIN_S
 
 
@@ -195,3 +196,19 @@ async def test_a_channel_without_room_and_a_message_too_large_hold_back_no_other
         return PublishError("E313", "too large") if staged.message.data == b'{"number":6}' else None
 
     await relayed(service, store, clock, refuse, [Full(1), job(6), Full(2), job(7)], check)
+
+
+async def test_what_waits_for_other_channels_is_not_looked_at_again_and_again(job, tmp_path, clock):
+    url = f"sqlite:///{tmp_path}/store.db"
+    async with App(Service("sender"), "memory:", store=url, clock=clock) as app:
+        engine, rows, looked = app.store.engine, 5000, []
+        event = pack(Message("m-1", "gone", "elsewhere", b"{}", 0.0))
+        sql = "INSERT INTO trunkline_outbox (due, channel, event) VALUES (0, ?, ?)"
+        await engine.run(lambda c: c.executemany(sql, [*[("taken-away", event)] * rows, ("outbox-jobs", event)]))
+        for connection in (engine.reader, engine._writer):
+            connection.set_progress_handler(lambda: bool(looked.append(1)), 1)  # each step of SQLite's machine
+        (row,), _ = await app.store.outbox_due(["outbox-jobs"], clock.now(), 500)
+        for connection in (engine.reader, engine._writer):
+            connection.set_progress_handler(None)
+        assert row.channel == "outbox-jobs"
+        assert len(looked) < rows

@@ -312,6 +312,28 @@ async def test_successors_that_come_while_parked_messages_run_stay_behind_them(r
     assert ended[:50] == list(range(50))
 
 
+async def test_a_successor_that_runs_while_the_commit_before_it_fails_stays_behind_it(rig):
+    service = Service("worker")
+    service.schema(
+        "CREATE TABLE IF NOT EXISTS effect (place INTEGER, number INTEGER)",
+        "CREATE TABLE IF NOT EXISTS parent (id INTEGER PRIMARY KEY)",
+        "CREATE TABLE IF NOT EXISTS child (parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)",
+    )
+
+    @service.handle(retry=Retry(immediate=0, delays_s=(1.0,), jitter=0))
+    async def work(fact: Fact, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute("INSERT INTO effect VALUES ((SELECT count(*) FROM effect), ?)", (fact.number,))
+        if (fact.number, ctx.attempt) == (0, 0):
+            await tx.execute("INSERT INTO child VALUES (99)")
+
+    async with rig.run(service) as app:
+        await app.publish_all([Fact("a", number) for number in range(3)])
+        await until(lambda: rig.parked() == 3)
+        await rig.pass_time(lambda: rig.query("SELECT count(*) FROM effect") == [(3,)])
+        assert rig.query("SELECT number FROM effect ORDER BY place") == [(0,), (1,), (2,)]
+
+
 # --- the relay between two files ---
 
 

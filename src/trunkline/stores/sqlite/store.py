@@ -38,7 +38,8 @@ CREATE TABLE IF NOT EXISTS trunkline_outbox (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, due REAL NOT NULL, channel TEXT NOT NULL, owner INTEGER,
     event BLOB NOT NULL
 );
-CREATE INDEX IF NOT EXISTS trunkline_outbox_due ON trunkline_outbox (due, seq);
+DROP INDEX IF EXISTS trunkline_outbox_due;
+CREATE INDEX IF NOT EXISTS trunkline_outbox_channel ON trunkline_outbox (channel, due, seq);
 CREATE INDEX IF NOT EXISTS trunkline_outbox_owner ON trunkline_outbox (owner) WHERE owner IS NOT NULL;
 CREATE TABLE IF NOT EXISTS trunkline_parked (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, reader INTEGER NOT NULL, key TEXT, partition INTEGER NOT NULL,
@@ -442,7 +443,7 @@ class SqliteStore:
         names = encode_json(sorted(channels)).decode()
         first = query(
             self.engine.reader,
-            "SELECT min(due) FROM trunkline_outbox WHERE channel IN (SELECT value FROM json_each(?))",
+            "SELECT min((SELECT min(due) FROM trunkline_outbox WHERE channel = value)) FROM json_each(?)",
             (names,),
         )[0][0]
         if first is None or first > now:
@@ -452,9 +453,11 @@ class SqliteStore:
         def take(connection: apsw.Connection) -> list[tuple[Any, ...]]:
             return query(
                 connection,
-                "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM trunkline_outbox"
-                " WHERE due <= ?2 AND channel IN (SELECT value FROM json_each(?4)) AND channel NOT IN"
-                " (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL"
+                # The first of each channel, then of all: what others have waiting is not looked at.
+                "UPDATE trunkline_outbox SET owner = ?1 WHERE seq IN (SELECT seq FROM json_each(?4) mine"
+                " JOIN trunkline_outbox ON seq IN (SELECT seq FROM trunkline_outbox"
+                " WHERE channel = mine.value AND due <= ?2 ORDER BY due, seq LIMIT ?3)"
+                " WHERE mine.value NOT IN (SELECT channel FROM trunkline_outbox WHERE owner IS NOT NULL"
                 " AND seq NOT IN (SELECT value FROM json_each(?5)))"
                 " ORDER BY due, seq LIMIT ?3) RETURNING seq, due, channel, event",
                 (process, now, limit, names, encode_json(sorted(self._outbox.rows)).decode()),
