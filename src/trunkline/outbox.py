@@ -81,7 +81,7 @@ class Relay:
 
     async def _send(self, rows: list[OutboxRow]) -> TrunklineError | None:
         """Send rows and forget what the broker has confirmed; return why it did not take what is left in `rows`."""
-        batch = [self._staged(row) for row in rows]
+        batch = [Staged(self._channels[row.channel], row.message) for row in rows]
         error: TrunklineError | None = None
         unsent: set[int] = set()
         try:
@@ -131,13 +131,3 @@ class Relay:
             elif error is not None:
                 return error
         return None
-
-    def _staged(self, row: OutboxRow) -> Staged:
-        channel = self._channels.get(row.channel)
-        if channel is None:
-            raise TrunklineError(
-                "E507",
-                f"outbox row {row.number} is for channel {row.channel!r}, which no service here declares",
-                f"run the service that staged it; declared are: {', '.join(sorted(self._channels))}",
-            )
-        return Staged(channel, row.message)

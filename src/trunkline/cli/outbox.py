@@ -42,7 +42,7 @@ def outbox(
 
     That is what was scheduled, until it is due, and where store and transport are not the same database all that
     handlers publish, for a moment. What stays there was published to a broker that cannot be reached or refuses it,
-    or no process of the service runs. Looking changes nothing.
+    or no process that declares its channel runs. Looking changes nothing.
     """
     from trunkline.cli.letters import ask
 

@@ -34,6 +34,7 @@ from trunkline.stores.postgres.tables import (
     COUNT_ATTEMPT,
     DEAD_LETTERS,
     DUE,
+    FIRST_DUE,
     HEADS,
     KNOWN,
     PARKED_KEYS,
@@ -445,7 +446,7 @@ class PostgresStore:
         """Take what is to be sent now; see Store."""
         relays = self.engine.relays
         names = [name for name in channels if relays.setdefault(name, self) is self]
-        ((first,),) = await self._fetch("SELECT min(due) FROM @outbox WHERE channel = ANY ($1::text[])", names)
+        ((first,),) = await self._fetch(FIRST_DUE, names)
         if first is None or first > now:
             if any(store is self for store in relays.values()):
                 await self._release_channels()

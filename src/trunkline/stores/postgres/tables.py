@@ -21,7 +21,7 @@ CREATE TABLE @outbox (
     seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, due double precision NOT NULL, channel text NOT NULL,
     event bytea NOT NULL
 );
-CREATE INDEX outbox_due ON @outbox (due, seq);
+CREATE INDEX outbox_channel ON @outbox (channel, due, seq);
 CREATE TABLE @relay (channel text PRIMARY KEY, owner integer NOT NULL);
 CREATE TABLE @parked (
     seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, reader integer NOT NULL, lane text COLLATE "C", key text,
@@ -106,12 +106,19 @@ SELECT count(*), pg_notify($4::text, '0:staged') FROM staged
 """
 TAKE_CHANNELS = """
 INSERT INTO @relay AS r (channel, owner)
-SELECT DISTINCT channel, $1::integer FROM @outbox WHERE due <= $2 AND channel = ANY ($3::text[]) ORDER BY 1
+SELECT name, $1::integer FROM unnest($3::text[]) AS mine(name)
+WHERE EXISTS (SELECT 1 FROM @outbox WHERE channel = mine.name AND due <= $2) ORDER BY 1
 ON CONFLICT (channel) DO UPDATE SET owner = excluded.owner WHERE r.owner IN (0, excluded.owner)
 RETURNING channel
 """
+FIRST_DUE = """
+SELECT min((SELECT due FROM @outbox WHERE channel = mine.name ORDER BY due, seq LIMIT 1))
+FROM unnest($1::text[]) AS mine(name)
+"""
 DUE = """
-SELECT seq, channel, event FROM @outbox WHERE due <= $1 AND channel = ANY ($2::text[]) ORDER BY due, seq LIMIT $3
+SELECT o.seq, o.channel, o.event FROM unnest($2::text[]) AS mine(name)
+CROSS JOIN LATERAL (SELECT * FROM @outbox WHERE channel = mine.name AND due <= $1 ORDER BY due, seq LIMIT $3) AS o
+ORDER BY o.due, o.seq LIMIT $3
 """
 DEAD_LETTERS = """
 SELECT d.seq, r.label, d.channel, d.id, d.type, d.key, d.code, d.reason, d.detail, d.attempt, d.at, d.holds,
