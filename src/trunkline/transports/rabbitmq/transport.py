@@ -165,7 +165,7 @@ class RabbitmqTransport:
         try:
             self._receiving = receiving = await self._sign_in(host, port)
             self._sending = sending = await self._sign_in(host, port, publishes=True)
-            declarer = Declarer(receiving, self._names)
+            declarer = Declarer(receiving, self._names, self._routes)
             for channel in self._declaring.channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
@@ -394,7 +394,7 @@ class RabbitmqTransport:
         await self._link.up(self._timeout_s)
         if self._receiving is None:
             raise self._unreachable()
-        declarer = Declarer(self._receiving, self._names)
+        declarer = Declarer(self._receiving, self._names, self._routes)
         for channel in channels:
             try:
                 await self._declare(declarer, channel)
