@@ -480,6 +480,8 @@ class Consumer:
             self._broken = True  # the engine has stopped; the service stops with it
             self._give_room()
             return
+        if self.deliverer.stopping:
+            return  # it comes again, to whoever reads then
         if not self._redo:
             log.warning("%s: the store refused a commit, again in %.0f s: %s", self.subscription.label, AGAIN_S, error)
             # What runs now was started after the messages that are done again: it comes after them.

@@ -10,6 +10,7 @@ from functools import partial
 import nats
 import pytest
 from nats.js.api import DiscardPolicy
+from nats.js.errors import NotFoundError
 
 from tests.brokers import broker_url, certificate, kill, resume
 from trunkline.channel import Queue, Stream, Topic
@@ -882,6 +883,29 @@ async def test_a_stop_does_not_wait_for_a_bucket_that_was_removed(url, server):
         await server.jetstream().delete_stream(f"KV_{url.rpartition('=')[2]}_cursors")
         await take(transport, subscription, 1)
         await asyncio.sleep(0.2)
+
+
+@pytest.mark.parametrize("channel", [Queue("jobs"), Topic("jobs")], ids=["Queue", "Topic"])
+async def test_what_is_late_of_a_deleted_stream_settles_nothing_of_the_new_one(url, server, channel):
+    subscription = Subscription("owner", channel)
+    stream = f"{url.rpartition('=')[2]}_jobs"
+
+    async def is_there():
+        with contextlib.suppress(NotFoundError):
+            return await server.jetstream().consumer_info(stream, "owner")
+
+    async with started(f"{url}&lease_s=2", subscription) as transport:
+        await transport.send([staged(channel, number) for number in range(3)])
+        late = await take(transport, subscription, 3, settle=False)
+        await server.jetstream().delete_stream(stream)
+        await until(is_there, SILENT_S + 5)
+        await transport.send([staged(channel, number) for number in range(3, 6)])
+        found = await take(transport, subscription, 3, settle=False)
+        assert numbers(found) == [3, 4, 5]
+        await transport.settle(late)
+        assert (await transport.backlog(subscription)).in_flight == 3
+        await transport.settle(found)
+        await until(lambda: _settled(transport, subscription))
 
 
 # --- messages of others ---

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import secrets
+from urllib.parse import urlsplit
 
 import asyncpg
 import psycopg
@@ -14,6 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from tests.docs.test_code_blocks import ROOT, run_blocks
 from trunkline import App, Context, Queue, Retry, Service, Stream, Struct
 from trunkline.errors import ConfigurationError, PublishError, TransactionError
+from trunkline.testing.proxy import Proxy
 
 ONCE = Retry(immediate=0, delays_s=())
 
@@ -159,6 +161,36 @@ async def test_a_transaction_has_no_blocking_connection_and_ends_with_its_handle
         await kept[0].execute("SELECT 1")
     with pytest.raises(TransactionError, match="E509"):
         _ = kept[0].asyncpg
+
+
+@pytest.mark.parametrize("stands_in", ["a statement", "its commit"])
+async def test_a_stop_does_not_wait_for_a_transaction_whose_connection_carries_nothing(url, job, stands_in, caplog):
+    service, begun, gate = with_effects(), asyncio.Event(), asyncio.Event()
+
+    @service.handle
+    async def work(message: job, ctx: Context) -> None:
+        tx = await ctx.transaction()
+        await tx.execute("INSERT INTO effect VALUES (?)", (message.number,))
+        begun.set()
+        await gate.wait()
+        if stands_in == "a statement":
+            await tx.execute("SELECT 1")
+
+    place = urlsplit(url)
+    async with Proxy(place.hostname, place.port) as proxy:
+        app = App(service, f"{proxy.url(url)}?timeout_s=2", grace_s=1)
+        await app.start()
+        await app.send(job(1))
+        await begun.wait()
+        proxy.swallow()
+        gate.set()
+        async with asyncio.timeout(30):
+            await app.stop()
+    assert "the store refused a commit" not in caplog.text  # what is stopped does nothing again
+    async with App(service, f"{url}?lease_s=2"):  # what could not be given back is taken over
+        async with asyncio.timeout(20):
+            while await rows(url) != [(1,)]:
+                await asyncio.sleep(0.05)
 
 
 async def test_messages_of_one_key_see_what_the_one_before_wrote(url):

@@ -774,6 +774,37 @@ async def test_what_is_late_of_a_deleted_log_settles_nothing_of_the_new_one(url,
         assert subjects(await received(transport, one, 20)) == subjects(found) == list(range(20, 40))
 
 
+async def test_a_token_whose_queue_was_deleted_is_placed_where_its_holder_was(url, server, prefix):
+    stream = Stream("log", partitions=1)
+    late = Subscription("late", stream, "latest")
+    async with opened(url, late) as transport:
+        await transport.send([staged(stream, number) for number in range(10)])
+        await received(transport, late, 10)
+        await noted(transport, late, 10)
+        await transport.send([staged(stream, number) for number in range(10, 13)])
+        await received(transport, late, 3, settle=False)
+        await delete(server, f"{prefix}.log:late:0")
+        await until(lambda: not transport._readers[late.label].parts)
+        assert subjects(await received(transport, late, 3)) == [10, 11, 12]
+    async with opened(url, late) as transport:
+        await transport.send([staged(stream, 13)])
+        assert subjects(await received(transport, late, 1)) == [13]
+
+
+async def test_the_last_log_of_a_stream_that_was_deleted_is_made_again(url, server, prefix):
+    stream = Stream("log", partitions=2)
+    one = Subscription("one", stream)
+    async with opened(url, one) as transport:
+        await transport.send([staged(stream, number, str(number)) for number in range(20)])
+        await received(transport, one, 20)
+        await delete(server, f"{prefix}.log:1")
+        await until(lambda: not transport._readers[one.label].parts)
+        await transport.send([staged(stream, number, str(number)) for number in range(20, 40)])
+        seen = set()  # what was settled just before and is not noted comes again
+        while not seen >= set(range(20, 40)):
+            seen.update(subjects(await received(transport, one, 1)))
+
+
 async def test_a_log_whose_beginning_was_trimmed_is_gone_on_with(url, caplog, monkeypatch):
     monkeypatch.setattr("trunkline.transports.rabbitmq.names._SEGMENT_BYTES", 4000)
     stream = Stream("log", partitions=1, retention_s=1)

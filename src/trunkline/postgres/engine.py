@@ -33,6 +33,8 @@ GROUP_UNITS = 2000
 """Most units in one group."""
 WAVE = 32
 """Publications in one group from which on half of their callers are told a moment later; see `_tell`."""
+COMMIT_S = 5.0
+"""How long the close waits for handlers' commits that are under way."""
 TRIES = 3
 """How often a group is written that the server undid because others were in its way."""
 _IN_THE_WAY = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
@@ -109,6 +111,7 @@ class Engine:
         labels: subscriptions that Apps of this process read.
         relays: channel → the store of this process that sends its outbox.
         failure: what ended one of the tasks, or None. on_failure: called with it.
+        owes: whether something was not given back: this process does not sign off then, so that others take it over.
     """
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
@@ -119,6 +122,7 @@ class Engine:
         self.labels: set[str] = set()
         self.relays: dict[str, Any] = {}
         self.failure: BaseException | None = None
+        self.owes = False
         self.on_failure: list[Callable[[BaseException], None]] = []
         self.members = Members(self)
         self.sessions = Sessions(settings, clock, self.members.sessions, made=self._made, heard=self._heard)
@@ -211,8 +215,11 @@ class Engine:
 
     async def close(self) -> None:
         """Commit what was submitted, sign off and disconnect."""
+        if self._commit_tasks:
+            await asyncio.wait(self._commit_tasks, timeout=COMMIT_S)
+        self.sessions.end_pool()  # what a frozen server has not answered by now is not waited for
         await asyncio.gather(*self._commit_tasks, return_exceptions=True)
-        if self.link.is_up:
+        if self.link.is_up and not self.owes:
             try:
                 await self.run(self.members.sign_off)
             except TransportError as error:

@@ -98,10 +98,11 @@ class Members:
         while True:
             await engine.clock.sleep(min(SWEEP_S, lease_s * 0.1))
             try:
+                # First what has a time limit: a connection that carries nothing is noticed, and the writer's made anew.
+                await self.sweep()
                 if engine.clock.monotonic() - beaten > lease_s * 0.3:
                     beaten = engine.clock.monotonic()
                     await engine.run(self._beat)
-                await self.sweep()
             except TransportError as error:
                 log.warning("keeping the lease of %s failed: %s", engine.settings.shown, error)
 

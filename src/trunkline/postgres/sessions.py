@@ -110,6 +110,11 @@ class Sessions:
             connection.terminate()
         await self._clock.sleep(0)  # asyncpg's transports end in the next turn of the loop
 
+    def end_pool(self) -> None:
+        """Cut off handlers' transactions: whoever waits for one is told that its connection is lost."""
+        if self._pool is not None:
+            self._pool.terminate()
+
     async def close(self) -> None:
         """Disconnect."""
         await self.link.stop()
@@ -127,9 +132,8 @@ class Sessions:
             if not is_lost(error):
                 raise
         await self._drop()
-        if self._pool is not None:
-            self._pool.terminate()
-            await self._clock.sleep(0)
+        self.end_pool()
+        await self._clock.sleep(0)
 
     # --- using them ---
 

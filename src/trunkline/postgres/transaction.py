@@ -29,6 +29,8 @@ _ENDS = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _MARKS = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/|\?", re.DOTALL)
+UNDO_S = 3.0
+"""How long a server may take to undo a transaction; after that its connection is ended, and the server undoes it."""
 _INSTEAD = "the unit commits when the handler returns and is undone when it raises; SAVEPOINT is allowed"
 
 
@@ -189,7 +191,8 @@ class PostgresTransaction:
         connection = self._connection
         try:
             if connection.is_in_transaction():
-                await self._transaction.rollback()
+                async with asyncio.timeout(UNDO_S):
+                    await self._transaction.rollback()
             else:
                 connection.terminate()  # in a state that nobody knows
         except DRIVER_ERRORS:

@@ -112,7 +112,9 @@ class PostgresStore:
             try:
                 await self.engine.run(self._give_back_mine)
             except TransportError:
-                self.engine.link.lost(None)  # given back when this process is seen to be gone
+                self.engine.owes = True
+        elif self in self.engine.stages:
+            self.engine.owes = True
         self._forget_relayed()
         if self in self.engine.stages:
             self.engine.remove_stage(self)

@@ -25,6 +25,8 @@ BATCH = 500
 """Messages asked for at once; up to one and a half times as many can be on their way."""
 ENOUGH = 250
 """Messages that wait here above which no more are asked for."""
+LOG_SHIFT = 40
+"""Positions of a stream that was made anew begin at the next multiple of 2 to this: they are other messages'."""
 
 
 class QueueReader:
@@ -44,7 +46,10 @@ class QueueReader:
         self._layout = layout
         self._clock = clock
         self._subscription = subscription
+        self._stream = stream
         self._place = f"{stream}.{consumer}"
+        self._made = ""
+        self._base = 0
         self._lease_s = lease_s
         self._held: dict[int, bytes] = {}
         self._old: list[int] = []
@@ -60,13 +65,30 @@ class QueueReader:
 
     async def connected(self) -> None:
         """Begin to receive on a new connection; acknowledge what could not be on the old one."""
+        await self._check_stream()
         await self._source.open()
+        self._go_on()
+        if self._task is None:
+            self._task = self.inflow.spawn(self._keep())
+
+    def _go_on(self) -> None:
         self._up = True
         self._post(self._owed)
         self._owed = []
         self._refill()
-        if self._task is None:
-            self._task = self.inflow.spawn(self._keep())
+
+    async def _check_stream(self) -> None:
+        """Forget what is held of a stream that was deleted: the one made anew counts its messages from 1 again.
+
+        An acknowledgement names a message by its position only, and would be taken for that of another one.
+        """
+        found = await self._connection.ask(f"STREAM.INFO.{self._stream}")
+        known, self._made = self._made, str(found["created"])
+        if known and known != self._made:
+            log.warning("%s: its stream was deleted and made anew, it is read on there", self._subscription.label)
+            self._held.clear()
+            self._owed.clear()
+            self._base += 1 << LOG_SHIFT
 
     def lost(self) -> None:
         """Go on with what is here; see `connected`."""
@@ -74,25 +96,27 @@ class QueueReader:
         self._source.cut()
 
     def _reopen(self) -> None:
-        """Ask again; the consumer may have been removed, then it is made again."""
+        """Ask again; the consumer may have been removed, or its stream, then it is made again."""
+        self._up = False  # what is settled meanwhile is owed until it is known for which stream
         if self._opening is None or self._opening.done():
             self._opening = self.inflow.spawn(self._open_again())
 
     async def _open_again(self) -> None:
-        while self._up and not self._draining:
+        while self._connection.link.is_up and not self._draining:
             await self._clock.sleep(1.0)
             try:
                 await self._layout.declare([self._subscription.channel], [self._subscription])
+                await self._check_stream()
             except (TransportError, ConfigurationError) as error:
                 log.warning("%s cannot receive: %s", self._subscription.label, error)
             else:
-                self._refill()
+                self._go_on()
                 return
 
     # --- receiving ---
 
     def _take(self, place: list[bytes], reply: bytes, data: bytes, headers: bytes | None) -> None:
-        position = int(place[1])
+        position = self._base + int(place[1])
         if self._draining:
             self._post([b"PUB %b 4\r\n-NAK\r\n" % reply])
             return
@@ -113,7 +137,7 @@ class QueueReader:
             self._refill()
 
     def _refill(self) -> None:
-        if not self._draining and len(self.inflow) < ENOUGH:
+        if self._up and not self._draining and len(self.inflow) < ENOUGH:
             self._source.pull()
 
     async def receive(self, limit: int) -> list[Delivery]:

@@ -295,8 +295,10 @@ class PostgresTransport:
                     if isinstance(reader, StreamReader):
                         await reader.ownership.leave()
                 except TransportError as error:
+                    self.engine.owes = True
                     log.warning("%s: given back when this process is gone: %s", reader.subscription.label, error)
         else:
+            self.engine.owes = True
             await asyncio.gather(*(reader.end() for reader in self._readers.values()))
         self.engine.labels -= self._labels
         if self in self.engine.stages:

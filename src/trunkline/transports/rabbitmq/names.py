@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import Any
 
 from pamqp import commands
@@ -77,11 +78,16 @@ class Names:
 
 
 class Declarer:
-    """Declares what is missing on one connection, and verifies what is there."""
+    """Declares what is missing on one connection, and verifies what is there.
 
-    def __init__(self, connection: Connection, names: Names) -> None:
+    Args:
+        declared: names of the channels that this process has declared before; what is missing of them was deleted.
+    """
+
+    def __init__(self, connection: Connection, names: Names, declared: Collection[str] = ()) -> None:
         self._connection = connection
         self._names = names
+        self._declared = declared
         self._channel: Channel | None = None
         # RabbitMQ 4 deletes from a quorum queue what was delivered 20 times; older ones take -1 for another limit.
         self._unlimited = {"x-delivery-limit": -1} if connection.version >= (4, 0) else {}
@@ -175,7 +181,8 @@ class Declarer:
         first = self._names.partition(channel.name, 0)
         known = await self.exists(first)
         beyond = self._names.partition(channel.name, channel.partitions)
-        if (known and not await self.exists(last)) or await self.exists(beyond):
+        fewer = known and channel.name not in self._declared and not await self.exists(last)
+        if fewer or await self.exists(beyond):
             raise await self._other_partitions(channel)
         self._new_stream = self._new_stream or not known
         arguments: dict[str, Any] = {"x-queue-type": "stream"}

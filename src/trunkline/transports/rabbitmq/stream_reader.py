@@ -116,12 +116,20 @@ class Part:
         """Return how many messages are here and not settled."""
         return self._came - self._settled
 
+    def token(self) -> Token:
+        """Return a token that says how far it is."""
+        base = self.base
+        return Token(self.watermark.low - base, self.high - base, log=base >> LOG_SHIFT, origin=self.origin)
+
 
 class StreamReader:
     """Reader of the partitions of a Stream that this process owns.
 
     Args:
         logs: name of the stream queue of each partition.
+
+    Attributes:
+        left: tokens of the partitions that were read here when the connection was lost, should they be gone.
     """
 
     def __init__(self, subscription: Subscription, logs: list[str], tokens: Tokens, clock: Clock) -> None:
@@ -131,6 +139,7 @@ class StreamReader:
         self.logs = logs
         self.tokens = tokens
         self.parts: dict[int, Part] = {}
+        self.left: dict[int, Token] = {}
         self._clock = clock
         self._prefetch = max(LEAST_PREFETCH, PREFETCH // len(logs))
         self._connection: Connection | None = None
@@ -162,6 +171,7 @@ class StreamReader:
         self.ownership.held.clear()
         self.inflow.forget()
         if self.parts:
+            self.left = {number: part.token() for number, part in self.parts.items()}
             self.parts.clear()
             self.inflow.reassigned()
 

@@ -150,12 +150,12 @@ class Tokens:
         self._channel = None
         self._held.clear()
 
-    async def place(self, partition: int, offset: int) -> None:
-        """Put the first token of a partition.
+    async def place(self, partition: int, token: Token) -> None:
+        """Put the first token of a partition, or one for a token whose queue was deleted.
 
         Raises: TransportError.
         """
-        await self._publisher.publish(self._routes[partition], _encode(Token(offset, first=True)))
+        await self._publisher.publish(self._routes[partition], _encode(token))
 
     def _arrived(self, batch: list[Arrived]) -> None:
         channel = self._channel

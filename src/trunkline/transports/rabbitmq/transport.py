@@ -38,7 +38,7 @@ from trunkline.transports.rabbitmq.names import Declarer, Names, explained
 from trunkline.transports.rabbitmq.publisher import Group, Outgoing, Publisher, Route, outgoing
 from trunkline.transports.rabbitmq.queue_reader import QueueReader, per_partition
 from trunkline.transports.rabbitmq.stream_reader import StreamReader, offset_of
-from trunkline.transports.rabbitmq.tokens import Tokens
+from trunkline.transports.rabbitmq.tokens import Token, Tokens
 from trunkline.wire import encode
 
 log = logging.getLogger("trunkline.rabbitmq")
@@ -165,7 +165,7 @@ class RabbitmqTransport:
         try:
             self._receiving = receiving = await self._sign_in(host, port)
             self._sending = sending = await self._sign_in(host, port, publishes=True)
-            declarer = Declarer(receiving, self._names)
+            declarer = Declarer(receiving, self._names, self._routes)
             for channel in self._declaring.channels.values():
                 await self._declare(declarer, channel)
             new = [await declarer.subscription(reader.subscription) for reader in self._readers.values()]
@@ -248,7 +248,8 @@ class RabbitmqTransport:
             offsets = await asyncio.gather(*(self._end_of(name) for name in logs))
         # One by one: a dead queue holds up the confirms of the others.
         for number, offset in zip(numbers, offsets, strict=True):
-            await self._answered(reader.tokens.queues[number], reader.tokens.place(number, offset))
+            token = reader.left.get(number) or Token(offset, first=True)
+            await self._answered(reader.tokens.queues[number], reader.tokens.place(number, token))
 
     async def _answered(self, queue: str, asking: Awaitable[Any]) -> None:
         """Wait for what a queue has to answer: one without a leader never does.
@@ -393,7 +394,7 @@ class RabbitmqTransport:
         await self._link.up(self._timeout_s)
         if self._receiving is None:
             raise self._unreachable()
-        declarer = Declarer(self._receiving, self._names)
+        declarer = Declarer(self._receiving, self._names, self._routes)
         for channel in channels:
             try:
                 await self._declare(declarer, channel)
