@@ -24,6 +24,7 @@ from tests.brokers import broker_url
 from trunkline import App, Batch, Context, Queue, Service, Stream, Struct, System, Topic
 from trunkline.clock import ManualClock, system_clock
 from trunkline.errors import ConfigurationError, TransportError
+from trunkline.stores.postgres.tables import DUE, FIRST_DUE, TAKE_CHANNELS
 from trunkline.testing import soak
 from trunkline.transport import parse_address
 from trunkline.transports.postgres import inspector, readers
@@ -1048,3 +1049,27 @@ async def test_the_outbox_is_read_page_by_page(url, monkeypatch):
         assert await looker.outbox("outbox", None, 3) == ([], 0)
     finally:
         await looker.close()
+
+
+async def test_what_waits_for_other_channels_is_not_read_again_and_again(url):
+    rows = 5000
+    async with App(Service("sender"), url) as app:
+        engine = app.store.engine
+
+        async def read(connection) -> int:
+            """Return how many rows were read to find one of ours among those of a channel that nobody has."""
+            stage = engine.sql("INSERT INTO @outbox (due, channel, event) SELECT 0, $1, '' FROM generate_series(1, $2)")
+            await connection.execute(stage, "taken-away", rows)
+            await connection.execute(stage, "ours", 1)
+            await connection.execute(engine.sql("ANALYZE @outbox"))
+            count = engine.sql(
+                "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relid = '@outbox'::regclass"
+            )
+            before = await connection.fetchval(count)
+            assert await connection.fetchval(engine.sql(FIRST_DUE), ["ours", "never-used"]) == 0
+            assert await connection.fetch(engine.sql(TAKE_CHANNELS), engine.process, 1.0, ["ours"]) == [("ours",)]
+            assert len(await connection.fetch(engine.sql(DUE), 1.0, ["ours"], 500)) == 1
+            return await connection.fetchval(count) - before
+
+        assert await engine.run(read) < rows
+        await app.store._execute("DELETE FROM @outbox")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -97,14 +98,17 @@ class Members:
         beaten = engine.clock.monotonic()
         while True:
             await engine.clock.sleep(min(SWEEP_S, lease_s * 0.1))
-            try:
-                # First what has a time limit: a connection that carries nothing is noticed, and the writer's made anew.
-                await self.sweep()
-                if engine.clock.monotonic() - beaten > lease_s * 0.3:
-                    beaten = engine.clock.monotonic()
-                    await engine.run(self._beat)
-            except TransportError as error:
-                log.warning("keeping the lease of %s failed: %s", engine.settings.shown, error)
+            # First what has a time limit: a connection that carries nothing is noticed, and the writer's made anew.
+            await self._try(self.sweep())
+            if engine.clock.monotonic() - beaten > lease_s * 0.3:
+                beaten = engine.clock.monotonic()
+                await self._try(engine.run(self._beat))
+
+    async def _try(self, act: Awaitable[None]) -> None:
+        try:
+            await act
+        except TransportError as error:
+            log.warning("keeping the lease of %s failed: %s", self._engine.settings.shown, error)
 
     async def _beat(self, connection: asyncpg.Connection) -> None:
         if not self._locked:
