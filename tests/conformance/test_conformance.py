@@ -14,7 +14,7 @@ async def bench(request, tmp_path):
         yield made
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", cases(), ids=str)
 async def test_conformance(case, bench):
     if reason := case.not_applicable(bench):

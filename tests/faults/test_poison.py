@@ -61,6 +61,7 @@ def numbers(path: Path, key: str) -> list[int]:
     return [row[0] for row in file.rows(path, "SELECT number FROM effect WHERE key = ? ORDER BY n", key)]
 
 
+@pytest.mark.timeout(180)
 async def test_a_message_that_kills_its_process_is_set_aside_and_the_others_are_handled(tmp_path):
     path = tmp_path / "poison.db"
     async with App(worker, f"sqlite:///{path}"):

@@ -23,15 +23,15 @@ def done(path) -> list[int]:
 async def test_sigterm_finishes_what_has_begun_and_leaves_the_rest(tmp_path):
     path = tmp_path / "slow.db"
     url = f"sqlite:///{path}"
-    await publish(url, *(SlowJob(number, 1.0) for number in range(100)))
+    await publish(url, *(SlowJob(number, 1.0) for number in range(500)))
     with Process("tests.faults.slow", [url], tmp_path / "log") as process:
         await asyncio.to_thread(process.wait_line, "begun 0")
         process.signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait) == 0
     finished = done(path)
     assert 0 in finished, "what had begun is finished"
-    assert len(finished) < 100, "what had not begun is left for later"
-    assert file.backlog(path) == 100 - len(finished)
+    assert len(finished) < 500, "what had not begun is left for later"
+    assert file.backlog(path) == 500 - len(finished)
     assert file.number(path, "SELECT count(*) FROM trunkline_dead_letter") == 0
     assert file.number(path, f"SELECT count(*) FROM trunkline_queue WHERE holder != {FREE} OR suspect") == 0
 
@@ -55,8 +55,8 @@ async def test_a_second_signal_stops_at_once_and_the_message_comes_again(tmp_pat
 
 async def test_a_process_that_was_taken_over_commits_nothing_more(tmp_path):
     path = tmp_path / "slow.db"
-    url = f"sqlite:///{path}?lease_s=1"
-    await publish(url, SlowJob(1, 0.3))
+    url = f"sqlite:///{path}?lease_s=3"
+    await publish(url, SlowJob(1, 3.0))
     with Process("tests.faults.slow", [url], tmp_path / "log") as process:
         await asyncio.to_thread(process.wait_line, "begun 1")
         process.signal(signal.SIGSTOP)

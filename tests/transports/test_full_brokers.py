@@ -19,7 +19,7 @@ from trunkline.errors import StoreFullError, TransportError
 from trunkline.testing.proxy import Proxy
 from trunkline.transport import parse_address
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 BACKLOG = 300
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,7 @@ def control(name, *arguments):
 async def test_a_disk_alarm_of_rabbitmq_in_the_middle(tmp_path):
     name = "rabbitmq@alarm"
     shop = Shop()
-    url = f"{brokers.broker_url(name)}?prefix=t{uuid.uuid4()}&timeout_s=2"
+    url = f"{brokers.broker_url(name)}?prefix=t{uuid.uuid4()}&timeout_s=5"
     async with App(shop.system, url, store=f"sqlite:///{tmp_path}/shop.db") as app:
         for number in range(1, BACKLOG + 1):
             await app.publish(Job(number))

@@ -313,27 +313,26 @@ async def test_queue_messages_are_shared_and_topics_copied(url):
     assert sorted(n.number for n in heard[0]) == list(range(20))
 
 
-async def test_what_one_process_publishes_wakes_another(url):
+async def test_what_one_process_publishes_wakes_another(url, monkeypatch):
+    monkeypatch.setattr(readers, "POLL_S", 3600)
     Job, _, Entry = channels()
     found = []
     service = Service("worker")
 
     @service.handle
     async def work(job: Job) -> None:
-        found.append(time.monotonic())
+        found.append(job)
 
     @service.handle
     async def read(entry: Entry) -> None:
-        found.append(time.monotonic())
+        found.append(entry)
 
     async with App(service, another(url)), App(Service("other"), another(url)) as other:
         await asyncio.sleep(1.2)  # each knows of the other
         for message in (Job(1), Entry("a", 1)):
             found.clear()
-            began = time.monotonic()
             await other.publish(message)
             await until(lambda: found)
-            assert found[0] - began < 0.5
 
 
 async def test_partitions_move_to_a_process_that_joins_and_back_in_order(url):
@@ -362,12 +361,12 @@ async def test_partitions_move_to_a_process_that_joins_and_back_in_order(url):
 
         await publish(200)
         async with App(service(1), another(url)) as two:
-            for _ in range(40):
-                await publish(50)
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(30):
+                while not by[1] or sent < 2200:
+                    await publish(50)
+                    await asyncio.sleep(0.05)
             first, second = (app.transport._readers["reader@pg-log"].partitions for app in (one, two))
             await until(lambda: sum(map(len, by)) >= sent and (len(first), len(second)) == (2, 2))
-            assert by[1]
         await publish(100)
         await until(lambda: sum(map(len, by)) >= sent)
         async with asyncio.timeout(15):
@@ -868,7 +867,7 @@ async def test_a_task_of_the_adapter_that_ends_by_an_error_ends_the_app(url, tmp
             with pytest.raises(TransportError, match="E520"):
                 await app.publish(Entry("a", 1))
         with pytest.raises(ZeroDivisionError, match=task):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await app.ended()
 
 
@@ -906,7 +905,7 @@ async def test_a_server_that_is_killed_and_comes_back_loses_and_doubles_nothing(
             else:
                 await asyncio.to_thread(brokers.restart, OWN)
             before = len(confirmed)
-            await until(lambda b=before: len(confirmed) > b + 20, 30)
+            await until(lambda b=before: len(confirmed) > b + 40, 30)
         going = False
         await asyncio.gather(*tasks)
         async with asyncio.timeout(40):

@@ -76,7 +76,7 @@ async def outcome(url, job, act) -> list:
         await until(lambda: over)
         await app.send(job(2))  # what comes after goes on
         await until(lambda: len(over) > 1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (await app.transport.backlog(app._consumers[0].subscription)).waiting:
                 await asyncio.sleep(0.01)
         return raised, [letter.reason for letter in await app.store.dead_letters()]

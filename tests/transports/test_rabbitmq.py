@@ -31,7 +31,7 @@ from trunkline.wire import MAX_WIRE_BYTES
 
 FAULTY = "rabbitmq@faults"
 YOUNG = "rabbitmq@young"
-pytestmark = pytest.mark.xdist_group("rabbitmq")
+pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +183,7 @@ async def test_a_broker_that_is_not_there_is_said_within_the_timeout():
     begin = time.monotonic()
     with pytest.raises(TransportError, match=r"E520 amqp://127.0.0.1:1.*within 0.5 s"):
         await load("amqp://127.0.0.1:1?timeout_s=0.5").start([], [])
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 async def test_the_next_host_is_tried_when_one_is_down(server, prefix):
@@ -459,7 +459,7 @@ async def test_a_message_of_many_frames_arrives_whole(url):
 async def test_a_broker_short_of_memory_is_named_when_the_time_is_over(prefix):
     blocked = brokers.broker_url("rabbitmq@blocked", "vm_memory_high_watermark.absolute=1MB")
     queue = Queue("orders")
-    transport = load(f"{blocked}?prefix={prefix}&timeout_s=1.5")
+    transport = load(f"{blocked}?prefix={prefix}&timeout_s=5")
     await transport.start([queue], [])
     first = staged(queue)
     with pytest.raises(TransportError, match=r"E521.*taken no messages.*memory") as caught:
@@ -480,7 +480,7 @@ async def test_a_connection_that_breaks_while_it_is_made_is_made_again(url, monk
 
     monkeypatch.setattr(Declarer, "save", save)
     async with opened(url, channels=[queue]) as transport:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await transport.send([staged(queue)])
     assert cut
 
@@ -656,7 +656,7 @@ async def test_backlog_counts_what_waits_and_what_is_under_way(url):
         await transport.send([staged(queue, number) for number in range(2500)])
         await transport.send([staged(stream, number) for number in range(3000)])
         await received(transport, orders, 1, settle=False)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while (await transport.backlog(orders)).waiting != 2500:
                 await asyncio.sleep(0.1)
             while (await transport.backlog(log)).waiting != 3000:
@@ -888,11 +888,15 @@ async def test_a_partition_moves_when_what_is_under_way_in_it_is_settled(url):
             await first.settle(held)
             await until(lambda: len(owned(first, one)) == len(owned(second, one)) == 1)
             await first.send([staged(stream, number) for number in range(20, 40)])
-            both = await asyncio.gather(
-                *(collect(transport, one, 2.0) for transport in (first, second))
-            )  # fmt: skip
-            assert sorted(subjects(both[0] + both[1])) == list(range(20, 40))
-            assert not any(delivery.suspect for delivery in both[0] + both[1])
+            found = []
+            tasks = [asyncio.create_task(collect(transport, one, found)) for transport in (first, second)]
+            await until(lambda: len(found) >= 20)
+            await asyncio.sleep(1.0)  # what comes twice
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert sorted(subjects(found)) == list(range(20, 40))
+            assert not any(delivery.suspect for delivery in found)
 
 
 async def test_a_partition_is_left_once_its_last_commit_has_come_by(url, monkeypatch):
@@ -922,14 +926,11 @@ async def test_a_partition_is_left_once_its_last_commit_has_come_by(url, monkeyp
             assert awaited == [None]
 
 
-async def collect(transport, subscription, seconds):
-    found = []
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            while True:
-                found += await transport.receive(subscription, 100)
-    await transport.settle(found)
-    return found
+async def collect(transport, subscription, found):
+    while True:
+        batch = await transport.receive(subscription, 100)
+        found += batch
+        await transport.settle(batch)
 
 
 async def test_the_partitions_of_a_dead_process_go_to_another_with_what_it_had_under_way_suspect(url):
@@ -1020,15 +1021,18 @@ async def test_what_was_confirmed_survives_restarts_of_the_broker_in_the_middle(
             number += 1
             await asyncio.sleep(0.002)
 
+    async def more():
+        before = len(confirmed)
+        await until(lambda: len(confirmed) > before + 20, 40)
+
     async with App(service(seen), f"{server}?prefix={prefix}&timeout_s=30", store=f"sqlite:///{tmp_path}/s.db") as app:
         publishing = asyncio.create_task(publish(app))
         for act in (lambda: brokers.restart(FAULTY), lambda: (brokers.kill(FAULTY), brokers.resume(FAULTY))):
-            await asyncio.sleep(1)
+            await more()
             await asyncio.to_thread(act)
-            await asyncio.sleep(1)
+            await more()
         going = False
         await publishing
-        assert len(confirmed) > 50
         wanted = {(kind, number) for number in confirmed for kind in ("order", "event")}
         await until(lambda: wanted <= set(seen), 40)
     assert len(seen) == len(set(seen))
@@ -1037,7 +1041,7 @@ async def test_what_was_confirmed_survives_restarts_of_the_broker_in_the_middle(
 async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
     server = brokers.broker_url(FAULTY)
     queue = Queue("orders")
-    transport = load(f"{server}?prefix={prefix}&timeout_s=1.5")
+    transport = load(f"{server}?prefix={prefix}&timeout_s=4")
     await transport.start([queue], [])
     await transport.send([staged(queue)])
     await asyncio.to_thread(brokers.kill, FAULTY)
@@ -1045,7 +1049,7 @@ async def test_without_a_broker_a_publish_waits_and_then_says_so(prefix):
     with pytest.raises(TransportError, match=r"E52[01]") as caught:
         await transport.send([late])
     assert caught.value.unsent == [late]
-    with pytest.raises(TransportError, match=r"E520 .* was not reached within 1.5 s"):
+    with pytest.raises(TransportError, match=r"E520 .* was not reached within 4 s"):
         await transport.send([staged(queue, 2)])
     await asyncio.to_thread(brokers.resume, FAULTY)
     async with asyncio.timeout(20):

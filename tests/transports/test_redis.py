@@ -31,7 +31,7 @@ from trunkline.transports.redis.server import Server
 from trunkline.wire import MAX_WIRE_BYTES, encode
 
 FAULTY = "redis@faults"
-pytestmark = pytest.mark.xdist_group("redis")
+pytestmark = [pytest.mark.xdist_group("redis"), pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +85,7 @@ def numbers(deliveries):
     return [msgspec.json.decode(delivery.message.data)["n"] for delivery in deliveries]
 
 
-async def receive(transport, subscription, count, within_s=8.0):
+async def receive(transport, subscription, count, within_s=20.0):
     """Receive exactly `count` deliveries."""
     found = []
     async with asyncio.timeout(within_s):
@@ -94,7 +94,7 @@ async def receive(transport, subscription, count, within_s=8.0):
     return found
 
 
-async def until(condition, within_s=10.0):
+async def until(condition, within_s=20.0):
     async with asyncio.timeout(within_s):
         while not await condition():
             await asyncio.sleep(0.05)
@@ -308,7 +308,7 @@ async def test_what_is_too_large_is_refused_and_the_rest_is_sent(url):
 
 async def test_replicas_that_are_not_there_leave_the_outcome_open(server, prefix):
     queue = Queue("q")
-    async with opened(f"{server}?prefix={prefix}&timeout_s=0.3&replicas=1", channels=[queue]) as transport:
+    async with opened(f"{server}?prefix={prefix}&timeout_s=3&replicas=1", channels=[queue]) as transport:
         batch = staged(queue, 1)
         with pytest.raises(TransportError) as raised:
             await transport.send(batch)
@@ -414,13 +414,14 @@ async def test_what_a_silent_process_held_is_taken_over_as_suspect(url, prefix):
         assert (await transport.backlog(subscription)).waiting == 0
 
 
-async def test_a_long_handler_keeps_its_message(url):
+async def test_a_long_handler_keeps_its_message(server, prefix):
+    url = f"{server}?prefix={prefix}&lease_s=2"
     queue = Queue("q")
     subscription = Subscription("a", queue)
     async with opened(url, subscription) as first, opened(url, subscription) as second:
         await first.send(staged(queue, 1))
         taken = await asyncio.wait(
-            [asyncio.ensure_future(receive(t, subscription, 1, within_s=3.5)) for t in (first, second)],
+            [asyncio.ensure_future(receive(t, subscription, 1, within_s=60)) for t in (first, second)],
             timeout=3,
         )
         done, pending = taken
@@ -431,7 +432,7 @@ async def test_a_long_handler_keeps_its_message(url):
         # Drained as at a stop: it is still worked on.
         await first.drain()
         await second.drain()
-        await asyncio.sleep(2)
+        await asyncio.sleep(4)
         async with opened(url, subscription) as third:
             with pytest.raises(TimeoutError):
                 await receive(third, subscription, 1, within_s=1)
@@ -479,7 +480,8 @@ async def test_partitions_move_to_a_process_that_comes_and_back_when_it_goes(url
         await until(alone)
 
 
-async def test_a_planned_move_waits_for_what_is_under_way(url):
+async def test_a_planned_move_waits_for_what_is_under_way(server, prefix):
+    url = f"{server}?prefix={prefix}&lease_s=2"
     stream = Stream("s", partitions=2)
     subscription = Subscription("a", stream)
     batch = [Staged(stream, message(number, f"key-{number % 16}")) for number in range(64)]
@@ -487,7 +489,7 @@ async def test_a_planned_move_waits_for_what_is_under_way(url):
         await first.send(batch)
         held = await receive(first, subscription, 64)
         async with opened(url, subscription) as second:
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(4)
             assert [first.owns(subscription, number) for number in (0, 1)] == [True, True]
             await first.settle(held)
 
@@ -748,7 +750,7 @@ async def test_while_the_server_is_down_only_the_connection_says_so(faulty, capl
 
 async def test_without_a_server_publishing_ends_in_time(faulty):
     queue = Queue("q")
-    async with opened(faulty.replace("timeout_s=20", "timeout_s=1"), channels=[queue]) as transport:
+    async with opened(faulty.replace("timeout_s=20", "timeout_s=3"), channels=[queue]) as transport:
         await asyncio.to_thread(brokers.kill, FAULTY)
         batch = staged(queue, 1)
         for _ in range(2):
@@ -766,7 +768,7 @@ async def test_a_server_that_stops_answering_is_left(faulty):
         if "nodes" in brokers.record(FAULTY)
         else brokers.record(FAULTY)["pid"]
     )
-    async with opened(faulty.replace("timeout_s=20", "timeout_s=1"), channels=[queue]) as transport:
+    async with opened(faulty.replace("timeout_s=20", "timeout_s=3"), channels=[queue]) as transport:
         os.kill(pid, signal.SIGSTOP)
         try:
             with pytest.raises(TransportError) as raised:

@@ -110,5 +110,5 @@ async def test_a_unit_of_work_that_outlives_its_app_gives_the_transaction_back(t
         with pytest.raises(TransportError, match="E520"):
             await unit()
         app._is_up = True
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await app.publish(Late(1))  # nobody holds the file

@@ -156,7 +156,7 @@ async def test_what_waits_behind_a_parked_message_takes_no_try(rig, clock):
         await until(lambda: kinds(rig) == ["paused"])
         bank.away = False
         await clock.advance(31)
-        await until(lambda: bank.done, within_s=5)
+        await until(lambda: bank.done)
 
 
 async def test_a_batch_waits_as_a_whole(rig, clock):

@@ -99,7 +99,7 @@ async def test_a_cancel_that_comes_after_the_handler_ended_ends_no_worker(again_
     if not again_at_once:
         await asyncio.sleep(0)
     lanes.add([delivery("a", 1)])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         await lanes.idle()
     assert recorder.finished == [("a", 0), ("a", 1)]
     await lanes.stop()

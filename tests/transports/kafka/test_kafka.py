@@ -34,7 +34,7 @@ from trunkline.transports.kafka.cluster import Cluster
 from trunkline.transports.kafka.probe import mechanisms_asked_for
 from trunkline.transports.kafka.settings import MAX_MESSAGE_BYTES, passes, read_settings
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 
 
 # --- declaration ---
@@ -606,7 +606,7 @@ async def test_a_question_ends_though_the_cluster_is_let_go_meanwhile(url, monke
 
     monkeypatch.setattr(administering, "AdminClient", Asked)
     async with before_the_broker(url) as (front, through):
-        settings = read_settings(parse_address(through.replace("timeout_s=30", "timeout_s=2")))
+        settings = read_settings(parse_address(through.replace("timeout_s=30", "timeout_s=5")))
         cluster = Cluster(settings, system_clock)
         await asyncio.to_thread(cluster.connect)
         front.swallow()

@@ -14,7 +14,7 @@ from trunkline.channel import Queue
 from trunkline.message import to_structured
 from trunkline.transport import Subscription
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 NOT_UTF8 = b"\xff\xfe"
 NOT_READY = {3, 5, 6}
 """Of a topic that was just made. Source: Kafka protocol guide, "Error codes": no leader is known yet."""

@@ -11,7 +11,7 @@ from trunkline.channel import Stream
 from trunkline.errors import TransportError
 from trunkline.transports.kafka.inspector import KafkaInspector
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 EVENTS = Stream("events", partitions=3, plain="order.seen")
 
 

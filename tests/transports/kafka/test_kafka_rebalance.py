@@ -12,7 +12,7 @@ from trunkline.channel import Queue
 from trunkline.transport import Subscription
 from trunkline.transports.kafka import reader as reading
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 
 
 async def test_partitions_that_went_and_came_back_while_a_handler_blocked_are_read_on(monkeypatch):

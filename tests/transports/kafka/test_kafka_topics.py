@@ -21,7 +21,7 @@ from trunkline.channel import Queue, Stream, Topic
 from trunkline.transport import Subscription
 from trunkline.transports.kafka.place import CLEAN, metadata
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 EVENT = b'{"specversion":"1.0","id":"%d","type":"t","source":"s","time":"2026-01-01T00:00:00Z","data":%d}'
 
 

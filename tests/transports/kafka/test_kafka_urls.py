@@ -11,7 +11,7 @@ from trunkline.clock import system_clock
 from trunkline.errors import ConfigurationError
 from trunkline.transport import Subscription, load_adapter
 
-pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.xdist_group("kafka"), pytest.mark.timeout(180)]
 
 
 @pytest.mark.parametrize(
