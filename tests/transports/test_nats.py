@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import nats
@@ -893,7 +893,7 @@ async def test_what_is_late_of_a_deleted_stream_settles_nothing_of_the_new_one(u
     stream = f"{url.rpartition('=')[2]}_jobs"
 
     async def is_there():
-        with contextlib.suppress(NotFoundError):
+        with suppress(NotFoundError):
             return await server.jetstream().consumer_info(stream, "owner")
 
     async with started(f"{url}&lease_s=2", subscription) as transport:
