@@ -24,14 +24,13 @@ from trunkline.errors import (
     ConfigurationError,
     FatalStoreError,
     LeaseLostError,
-    StoreFullError,
     TransactionError,
     TransportError,
 )
+from trunkline.file_errors import DEVICE_ERRORS, LOCK_WAIT_S, locked, translated, unopened
 from trunkline.membership import Membership
 from trunkline.store import DuplicateSignal, Unit
 from trunkline.tasks import spawn
-from trunkline.transport import unopened
 
 log = logging.getLogger("trunkline.engine")
 T = TypeVar("T")
@@ -40,13 +39,13 @@ LEASE_S = 30.0
 """A process that has not shown a sign of life for so long is taken over, even if it still exists."""
 GROUP_S = 0.004
 """Longest time that one group keeps the write lock before it commits."""
-LOCK_WAIT_S = 30.0
-"""Longest wait for the write lock that another process holds."""
 OPEN_WAIT_S = 10.0
 """Longest wait for it when the file is opened."""
 POLL_MIN_S, POLL_MAX_S = 0.001, 0.02
 """How often changes by other processes are looked for, when busy and when idle."""
 SLOW_TRANSACTION_S = 0.25
+HELD_S = 5.0
+"""How often is said that a handler holds its transaction open: it may wait for what waits for it."""
 
 _SCHEMA = """
 CREATE TABLE trunkline_process (
@@ -55,8 +54,6 @@ CREATE TABLE trunkline_process (
 CREATE TABLE trunkline_counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO trunkline_counter VALUES ('row', 0), ('declared', 0), ('returned', 0), ('treated', 0), ('staged', 0);
 """
-
-_DEVICE_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError)
 
 
 class Stage(Protocol):
@@ -170,7 +167,7 @@ class Engine:
         except (apsw.CantOpenError, apsw.IOError, apsw.ReadOnlyError, apsw.FullError) as error:
             raise unopened(self.path, error) from error
         except apsw.BusyError as error:
-            raise _locked(self.path, OPEN_WAIT_S) from error
+            raise locked(self.path, OPEN_WAIT_S) from error
         self._membership = Membership(self)
         self._thread = WorkerThread(f"trunkline-{Path(self.path).name}")
         self.process = await self._membership.register()
@@ -278,10 +275,13 @@ class Engine:
                 "publish with ctx.publish(...), or before ctx.transaction()",
             )
 
-    async def acquire(self) -> apsw.Connection:
+    async def acquire(self, owner: str) -> apsw.Connection:
         """Return the writing connection inside an open transaction, for one handler alone.
 
         What was submitted before is applied first. Give it back with `release`.
+
+        Args:
+            owner: name of the handler.
         """
         self._check_not_held()
         if self.failure is not None:
@@ -291,6 +291,7 @@ class Engine:
         self._kick()
         await self._wait_turn(waiter)
         self._held_at = self.clock.monotonic()
+        self._held_by, self._tell_at = owner, self._held_at + HELD_S
         self._holder = asyncio.current_task()
         self._writer.execute("SAVEPOINT trunkline_unit")
         return self._writer
@@ -335,7 +336,7 @@ class Engine:
             for stage in party.stages:
                 stage.apply(writer, (unit,))
             writer.execute("RELEASE trunkline_unit")
-        except _DEVICE_ERRORS as error:
+        except DEVICE_ERRORS as error:
             party.applied.append(unit)
             self._fail_group(error)
             return
@@ -373,10 +374,10 @@ class Engine:
 
     def statement_failed(self, error: apsw.Error) -> Exception:
         """Return what to raise in the handler whose statement met `error`: the device's failure, or `error` itself."""
-        if not isinstance(error, _DEVICE_ERRORS):
+        if not isinstance(error, DEVICE_ERRORS):
             return error
         self._device_error = error
-        return _translate(error, self.path)
+        return translated(error, self.path)
 
     # --- the group: begin, apply, commit ---
 
@@ -489,7 +490,7 @@ class Engine:
         try:
             for stage in party.stages:
                 stage.apply(writer, units)
-        except _DEVICE_ERRORS:
+        except DEVICE_ERRORS:
             raise
         except (DuplicateSignal, Exception):  # noqa: BLE001 - each unit is tried again, alone
             # Rare: find out which one, by applying them one by one.
@@ -514,7 +515,7 @@ class Engine:
                 unit.staged = ()
                 for stage in party.stages:
                     stage.apply(writer, (unit,))
-        except _DEVICE_ERRORS:
+        except DEVICE_ERRORS:
             raise
         except Exception as error:  # noqa: BLE001 - something in it cannot be stored; its neighbours can
             writer.execute("ROLLBACK TO one; RELEASE one")
@@ -593,7 +594,7 @@ class Engine:
 
     def _fail_group(self, error: BaseException) -> None:
         """Undo the group and tell everyone in it; fatal if the disk did not keep its word."""
-        failure = _translate(error, self.path)
+        failure = translated(error, self.path)
         if self._writer.in_transaction:
             try:
                 self._writer.execute("ROLLBACK")
@@ -648,6 +649,7 @@ class Engine:
         while self.failure is None:
             await self.clock.sleep(wait_s)
             if self._phase != "idle":
+                self._tell_held()
                 wait_s = POLL_MIN_S
                 continue
             try:
@@ -661,9 +663,18 @@ class Engine:
                 self.cannot_read(error)
             wait_s = POLL_MIN_S
 
+    def _tell_held(self) -> None:
+        now = self.clock.monotonic()
+        if self._phase == "held" and now > self._tell_at:
+            self._tell_at = now + HELD_S
+            log.warning(
+                "%s has held the transaction for %.0f s and still does: nothing else of %s is committed; it must await "
+                "nothing that publishes to it", self._held_by, now - self._held_at, self.path,
+            )  # fmt: skip
+
     def cannot_read(self, error: apsw.Error | TransportError) -> None:
         """Stop for good if disk or file are lost; else (another process recovers the file) look again soon."""
-        failure = _translate(error, self.path)
+        failure = translated(error, self.path)
         if not isinstance(failure, FatalStoreError):
             log.warning("%s cannot be read now, again soon: %s", self.path, error)
         elif self._phase == "idle":
@@ -671,23 +682,6 @@ class Engine:
         elif self.failure is None:
             self.failure = failure  # the group under way fails by it when it ends
             self.failed(failure)
-
-
-def _translate(error: BaseException, path: str) -> TransportError:
-    if isinstance(error, TransportError):
-        return error
-    if isinstance(error, apsw.FullError):
-        return StoreFullError("E502", f"no room left for {path}", "free disk space; nothing of this was stored")
-    if isinstance(error, apsw.IOError | apsw.CorruptError | apsw.NotADBError):
-        hint = "what was confirmed is kept; stop, check the disk, restart"
-        return FatalStoreError("E503", f"the disk failed under {path}: {error}", hint)
-    if isinstance(error, apsw.BusyError):
-        return _locked(path, LOCK_WAIT_S)
-    return TransportError("E506", f"{path} refused a statement: {error}")
-
-
-def _locked(path: str, seconds: float) -> TransportError:
-    return TransportError("E504", f"{path} was locked by another process for over {seconds:g} s", "find it")
 
 
 def query(connection: apsw.Connection, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:

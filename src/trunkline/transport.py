@@ -7,13 +7,11 @@ Never does: inbox, dead letters or retries (store.py, delivery.py). Read next: s
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 from collections.abc import Awaitable, Iterable, Sequence
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -21,7 +19,7 @@ import msgspec
 
 from trunkline.channel import Channel
 from trunkline.clock import Clock
-from trunkline.errors import ConfigurationError, StoreFullError, TransportError, TrunklineError
+from trunkline.errors import ConfigurationError, StoreFullError, TrunklineError
 from trunkline.message import Message
 
 if TYPE_CHECKING:
@@ -343,29 +341,6 @@ def _check_name(name: str, fragment: str) -> None:
         raise ConfigurationError(
             "E206", f"sqlite:///{name}#{fragment} has a part after '#'", "write %23 for a '#' in the name of the file"
         )
-
-
-def unopened(path: str, error: Exception) -> TrunklineError:
-    """Return why the file at `path` cannot be opened: E225 where no file can be, else E501.
-
-    Args:
-        error: what SQLite said.
-    """
-    place = Path(path)
-    try:
-        if place.is_dir():
-            return ConfigurationError("E225", f"{path} is a directory", f"name a file in it: {place / 'shop.db'}")
-        if not place.parent.is_dir():
-            if place.parent.exists():
-                return ConfigurationError("E225", f"{place.parent} is no folder for {place.name}", "name another one")
-            return ConfigurationError(
-                "E225", f"folder {place.parent} of {place.name} does not exist", "create it, or name another one"
-            )
-    except OSError as denied:
-        if denied.errno == errno.ENAMETOOLONG:
-            return ConfigurationError("E225", f"{path} is too long for the name of a file", "name a shorter one")
-        error = denied
-    return TransportError("E501", f"{path} cannot be opened: {error}", "check that it and its folder can be written")
 
 
 def load_adapter(group: str, url: str, clock: Clock) -> Any:

@@ -974,6 +974,21 @@ async def test_a_held_transaction_is_reported_by_name(file_rig, job, clock, capl
     assert "work held the transaction for 1.00 s" in caplog.text
 
 
+async def test_a_transaction_is_reported_while_it_is_held(file_rig, job, clock, caplog):
+    service, told = Service("worker"), "work has held the transaction for 5 s and still does"
+
+    @service.handle
+    async def work(_message: job, ctx: Context) -> None:
+        await ctx.transaction()
+        await clock.advance(6)
+        await until(lambda: told in caplog.text)
+
+    async with file_rig.run(service) as app:
+        await app.publish(job("a", 1))
+        await file_rig.idle()
+    assert told in caplog.text
+
+
 def test_a_handler_is_an_ordinary_function(job):
     service = Service("worker")
 

@@ -25,9 +25,10 @@ from trunkline.clock import system_clock
 from trunkline.config import Settings
 from trunkline.engine import LEASE_S
 from trunkline.errors import DefinitionError, TrunklineError
+from trunkline.file_errors import unopened
 from trunkline.service import System
 from trunkline.store import INBOX_WINDOW_S
-from trunkline.transport import load_adapter, parse_address, unopened
+from trunkline.transport import load_adapter, parse_address
 
 NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gfs2", "glusterfs", "lustre",

@@ -18,11 +18,12 @@ import msgspec
 from trunkline.config import GIVEN, Settings
 from trunkline.engines import check_options
 from trunkline.errors import ConfigurationError, DeadLetterError, FatalStoreError, TransportError
+from trunkline.file_errors import unopened
 from trunkline.message import read_packed
 from trunkline.process_lock import ProcessLock
 from trunkline.store import DeadLetterRow, OutboxEntry, ParkedRow, SetAside
 from trunkline.stores.sqlite import read_dead_letters
-from trunkline.transport import find_adapter, parse_address, unopened
+from trunkline.transport import find_adapter, parse_address
 from trunkline.transports.sqlite import count_backlog, last_position, oldest, read_log, read_queue
 
 BUSY_MS = 5000

@@ -167,7 +167,7 @@ class SqliteStore:
 
     async def transaction(self, unit: Unit) -> Transaction:
         """Open the handler's transaction; see Store."""
-        connection = await self.engine.acquire()
+        connection = await self.engine.acquire(unit.owner)
         try:
             self._remember(connection, (unit,))
         except BaseException:
