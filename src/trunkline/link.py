@@ -28,6 +28,11 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 
 
+def said(error: BaseException) -> str:
+    """Return why a connection is gone; most limits of time end in an error without a text."""
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
 class Link:
     """Keeps one connection up.
 
@@ -86,7 +91,7 @@ class Link:
         if self._stopped or not self._up.is_set():
             return
         self._up.clear()
-        self._reason = str(error) if error is not None else "closed by the broker"
+        self._reason = said(error) if error is not None else "closed by the broker"
         self._lost_at = self._clock.monotonic()
         log.warning("%s: connection lost: %s", self._shown, self._reason)
         self._reconnecting = asyncio.get_running_loop().create_task(self._until_connected(final=()))
@@ -102,7 +107,7 @@ class Link:
                 expected = isinstance(error, TrunklineError)
                 if final and not expected:
                     raise
-                self._reason = str(error) or type(error).__name__
+                self._reason = said(error)
                 trace = None if expected else error  # a bug; to give up would leave the process without a broker
                 log.warning("%s: no connection, again in %.1f s: %s", self._shown, wait_s, error, exc_info=trace)
             else:

@@ -45,6 +45,14 @@ async def test_a_refusal_at_start_is_told_at_once(clock):
         await Link("x://host", clock, broker.connect).start(30)
 
 
+async def test_a_limit_of_time_that_ended_the_connection_is_told_as_such(clock, caplog):
+    link = Link("x://host", clock, Broker().connect)
+    await link.start(30)
+    link.lost(TimeoutError())
+    assert "x://host: connection lost: no answer in time" in caplog.text
+    await link.stop()
+
+
 async def test_an_attempt_that_hears_nothing_is_given_up_and_made_anew(clock, monkeypatch):
     monkeypatch.setattr("trunkline.link.ATTEMPT_S", 0.02)
     attempts = []

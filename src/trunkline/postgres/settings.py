@@ -16,7 +16,7 @@ import asyncpg
 import msgspec
 
 from trunkline.errors import ConfigurationError, StoreFullError, StoreLostError, TransportError
-from trunkline.link import TIMEOUT_S, Options
+from trunkline.link import TIMEOUT_S, Options, said
 from trunkline.transport import Address, Credentials
 
 LEASE_S = 10.0
@@ -210,7 +210,7 @@ def refusal(error: Exception, settings: Settings) -> Exception:
         return not_permitted(error, settings)
     if isinstance(error, asyncpg.InterfaceError | ValueError):
         return ConfigurationError("E246", f"{shown} cannot be used: {text}", "see the cause above")
-    return TransportError("E520", f"{shown} was not reached: {text or type(error).__name__}", "check that it runs")
+    return TransportError("E520", f"{shown} was not reached: {said(error)}", "check that it runs")
 
 
 def not_permitted(error: Exception, settings: Settings) -> ConfigurationError:
@@ -255,7 +255,7 @@ def translate(error: BaseException, settings: Settings) -> TransportError:
     if is_lost(error):
         return StoreLostError(
             "E520",
-            f"the connection to {settings.shown} was lost: {error}",
+            f"the connection to {settings.shown} was lost: {said(error)}",
             "a running service makes it anew; try again",
         )
     kind = StoreLostError if is_of_server(error) else TransportError
