@@ -26,6 +26,8 @@ AGAIN_S = 1.0
 """Wait before looking again after the store failed."""
 CALM = 10
 """After all keys were loaded anew nothing is for so many times as long, AGAIN_S at most: there may be very many."""
+LEAST_S = 0.001
+"""A shorter wait may be none on the wall clock, and be waited for again and again."""
 
 
 class Parking:
@@ -165,7 +167,7 @@ class Parking:
         Nothing depends on doing so at once: what is redriven is counted already, and what was discarded only lets go.
         """
         began = self._clock.monotonic()
-        if began < self._calm_until:
+        if self._calm_until - began > LEAST_S:
             return self._calm_until - began
         self._reload = False
         await self.load()
