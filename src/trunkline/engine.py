@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -141,6 +142,7 @@ class Engine:
         self._device_error: apsw.Error | None = None
         self._holder: asyncio.Task[Any] | None = None
         self._phase = "idle"  # idle | locking | open | held | committing
+        self._held_at, self._held_by, self._tell_at = 0.0, "", inf
         self._scheduled = False
         self._opened_at = 0.0
         self._data_version = -1
@@ -322,6 +324,7 @@ class Engine:
         writer = self._writer
         self._phase = "open"
         self._holder = None
+        self._tell_at = inf
         if not writer.in_transaction:
             self._undone_under_handler(party, unit)
             return

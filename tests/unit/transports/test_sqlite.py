@@ -256,3 +256,20 @@ async def test_a_file_that_somebody_keeps_locked_is_told_at_the_start(tmp_path, 
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(TransportError, match="E504"):
         await App(Service("second"), f"sqlite:///{path}").start()
+
+
+async def test_the_look_at_who_holds_the_transaction_may_come_before_the_handler_has_it(tmp_path):
+    async with App(Service("one"), f"sqlite:///{tmp_path}/shared.db") as app:
+        engine, looked = app.transport.engine, []
+
+        def look() -> None:
+            if engine._phase == "held":
+                engine._tell_held()
+                looked.append(engine._held_by)
+            else:
+                asyncio.get_running_loop().call_soon(look)
+
+        look()
+        await engine.acquire("a handler")
+        engine.release(None, None)
+        assert looked == [""], "it had not yet been told that it has it"
