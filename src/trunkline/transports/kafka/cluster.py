@@ -331,7 +331,7 @@ class Cluster:
         def look() -> dict[int, int]:
             places = self._member(group).committed(asked, timeout=self._try_s)
             known = self._ids.get(topic, "")
-            return {place.partition: max(0, begin_of(place, known).offset) for place in places if place.offset >= 0}
+            return {place.partition: max(0, begin_of(place, known)) for place in places if place.offset >= 0}
 
         return self.patiently(look, f"looking at offsets of group {group}")
 
