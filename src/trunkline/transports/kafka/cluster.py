@@ -335,6 +335,20 @@ class Cluster:
 
         return self.patiently(look, f"looking at offsets of group {group}")
 
+    def begin(self, group: str, member: Consumer, places: list[TopicPartition]) -> None:
+        """Commit where a new group begins, unless another process of it was faster.
+
+        Raises: ConfigurationError or TransportError: without it the group would begin at the first message.
+        """
+
+        def commit() -> None:
+            # Looked up, not waited for: the client waits for ever where nobody answers.
+            member.commit(offsets=places, asynchronous=True)
+            if any(place.offset < 0 for place in member.committed(places, timeout=self._try_s)):
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - tried again
+
+        self.patiently(commit, f"saying where group {group} begins")
+
     def _member(self, group: str) -> Consumer:
         """Return a consumer of a group that it never joins.
 

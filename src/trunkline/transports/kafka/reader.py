@@ -18,7 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from trunkline import wire
 from trunkline.channel import Channel, Stream
-from trunkline.clock import Clock, WorkerThread, offload
+from trunkline.clock import Clock, WorkerThread
 from trunkline.errors import DecodeError
 from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
@@ -120,11 +120,7 @@ class Reader:
         )
         if all(place.offset < 0 for place in known):  # else what is not known is a partition that was added: all of it
             new = [self._place(number, end, CLEAN) for number, end in ends.items()]
-            try:
-                consumer.commit(offsets=new, asynchronous=False)
-            except KafkaException as error:
-                # Another process of this subscription was faster and reads already.
-                log.debug("%s: the beginning is not committed: %s", self.group, describe(error.args[0]))
+            cluster.begin(self.group, consumer, new)
         self._join()
 
     def _make(self) -> Consumer:
@@ -597,5 +593,5 @@ class Reader:
             await self._end_of_thread(self._thread)
             self._thread = None
         elif self._made is not None:
-            await offload(self._made.close)
+            self._leave_behind(self._made)
         self.held.clear()
