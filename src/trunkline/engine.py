@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ class Engine:
         self._applied_jobs: list[_Job] = []
         self._device_error: apsw.Error | None = None
         self._holder: asyncio.Task[Any] | None = None
+        self._tell_at = math.inf
         self._phase = "idle"  # idle | locking | open | held | committing
         self._scheduled = False
         self._opened_at = 0.0
@@ -321,7 +323,7 @@ class Engine:
             )  # fmt: skip
         writer = self._writer
         self._phase = "open"
-        self._holder = None
+        self._holder, self._tell_at = None, math.inf  # it is held again before its next holder has noted so
         if not writer.in_transaction:
             self._undone_under_handler(party, unit)
             return

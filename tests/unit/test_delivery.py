@@ -989,6 +989,19 @@ async def test_a_transaction_is_reported_while_it_is_held(file_rig, job, clock, 
     assert told in caplog.text
 
 
+async def test_a_transaction_that_its_handler_has_not_begun_yet_is_not_reported(file_rig):
+    async with file_rig.run(Service("worker")) as app:
+        engine = app.store.engine
+        asking = asyncio.ensure_future(engine.acquire("work"))
+        while engine._phase != "held":
+            await asyncio.sleep(0)
+        try:
+            assert engine._holder is None
+            engine._tell_held()
+        finally:
+            asking.cancel()
+
+
 def test_a_handler_is_an_ordinary_function(job):
     service = Service("worker")
 
