@@ -70,7 +70,8 @@ def _groups(settings: Mapping[str, str], count: int, lease_s: float) -> Iterator
     kept_ms = int(settings.get("offsets.retention.minutes", 10_080)) * 60_000
     yield Finding(
         "server", "offsets.retention.minutes", f"{kept_ms / DAY_MS:g} d", "kept" if kept_ms >= 7 * DAY_MS else "weak",
-        "when no process of a subscription runs for so long, all that is kept comes again",
+        "a subscription that no process runs for so long begins as a new one: all that is kept comes again, but of a"
+        " Topic, or with start='latest', what waited is passed over",
         "" if kept_ms >= 7 * DAY_MS else "10080 or more, as long as the inbox remembers",
     )  # fmt: skip
     copies = int(settings.get("offsets.topic.replication.factor", 1))
