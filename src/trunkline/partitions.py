@@ -44,6 +44,10 @@ class Watermark:
         """Note that `positions` are handed out."""
         self._taken.extend(positions)
 
+    def unfinished(self) -> list[int]:
+        """Return what was handed out and is not finished."""
+        return [position for position in self._taken if position not in self._done]
+
     def done(self, positions: Iterable[int]) -> bool:
         """Note that `positions` are finished; return whether `low`, the first unfinished position, rose."""
         taken, done = self._taken, self._done

@@ -1,7 +1,8 @@
 """Stands before a Kafka of one node and can answer in its place: "no brokers", "I have that already", "not the leader".
 
-Invariant: clients know no other address than this one's; without `empties`, `repeated` or `unready` no more is changed.
-Source: Kafka protocol: Produce (0) from version 9, Metadata (3) from version 9, FindCoordinator (10).
+Invariant: clients know no other address than this one's; without `empties`, `repeated`, `unready` or `uncommitted` no
+more is changed.
+Source: Kafka protocol: Produce (0) from version 9, Metadata (3) from version 9, OffsetCommit (8), FindCoordinator (10).
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import struct
 from trunkline.testing.proxy import Connection, Proxy
 
 HOST = b"127.0.0.1"
-PRODUCE, METADATA, FIND_COORDINATOR = 0, 3, 10
+PRODUCE, METADATA, OFFSET_COMMIT, FIND_COORDINATOR = 0, 3, 8, 10
 NOT_LEADER, DUPLICATE_SEQUENCE_NUMBER = 6, 46
 
 
@@ -36,6 +37,9 @@ class FrontConnection(Connection):
         front = self.proxy
         api, _version, number = struct.unpack_from(">hhi", frame)
         self._asked[number] = api
+        if front.silent or (front.uncommitted and api == OFFSET_COMMIT):
+            front.silent = True
+            return []
         if api == PRODUCE and front.unready is not None and front.unready in frame:
             if self._held is None:
                 self._held = number
@@ -74,6 +78,7 @@ class Front(Proxy):
         repeated: what is written to this topic is answered for as if it had been written before.
         unready: the first request to write to this topic is refused, once the second one has been answered.
         holds: whether the first one is there.
+        uncommitted: from the first request to commit offsets on, nothing is passed to the node: silent.
     """
 
     connection = FrontConnection
@@ -84,7 +89,7 @@ class Front(Proxy):
         self.empties = False
         self.answered = 0
         self.repeated = self.unready = None
-        self.holds = False
+        self.holds = self.uncommitted = self.silent = False
 
 
 def _without_brokers(frame):

@@ -114,6 +114,17 @@ async def test_a_reader_of_a_stream_begins_at_its_start_and_goes_on_where_it_was
         assert numbers(await take(transport, late, 1)) == [3]
 
 
+async def test_a_start_ends_in_time_when_nobody_answers_where_a_new_subscription_begins(url):
+    reader = Subscription("a", Topic("news"))
+    async with before_the_broker(url.replace("timeout_s=30", "timeout_s=5")) as (front, through):
+        front.uncommitted = True
+        began = time.monotonic()
+        with pytest.raises(TransportError, match=r"E522 .*saying where group .* begins"):
+            async with started(through, reader):
+                pass
+        assert time.monotonic() - began < 30
+
+
 # --- redelivery ---
 
 

@@ -166,6 +166,46 @@ async def test_a_topic_that_was_made_anew_and_filled_at_once_is_read_from_its_fi
         assert numbers(await take(transport, reader, 1)) == [9999]
 
 
+async def make_anew(admin, servers, topic, partitions, *found):
+    """Delete a topic and make it anew with some messages in its first partition, as an operator does."""
+    await asyncio.to_thread(admin.delete_topics([topic])[topic].result)
+    await until(lambda: is_made(admin, NewTopic(topic, partitions, 1)))
+    await produce(servers, topic, *(EVENT % (number, number) for number in found), partition=0)
+
+
+@pytest.mark.parametrize("channel", [Stream("log", partitions=1), Queue("jobs")], ids=lambda channel: channel.kind)
+async def test_what_was_under_way_when_its_topic_was_made_anew_settles_nothing_of_the_new_one(
+    url, prefix, servers, admin, channel
+):
+    url += "&queue_partitions=1"
+    reader = Subscription("a", channel)
+    async with started(url, reader) as transport:
+        await transport.send([staged(channel, number) for number in range(3)])
+        old = await take(transport, reader, 3, settle=False)
+        await make_anew(admin, servers, f"{prefix}.{channel.name}", 1, 10, 11, 12)
+        new = await take(transport, reader, 3, settle=False)
+        assert numbers(new) == [10, 11, 12]
+        await transport.settle(old)
+        await transport.settle(new[:1])
+    async with started(url, reader) as transport:
+        assert numbers(await take(transport, reader, 2)) == [11, 12]
+
+
+async def test_a_topic_made_anew_is_read_from_its_first_message_by_the_next_process_too(url, prefix, servers, admin):
+    url += "&queue_partitions=1"
+    news = Topic("news")
+    reader = Subscription("a", news)
+    async with started(url, reader) as transport:
+        await transport.send([staged(news, number) for number in range(3)])
+        await take(transport, reader, 3)
+        one = transport._readers[reader.label]
+        await until(lambda: _is_known(transport, one, {0: 3}))
+        await make_anew(admin, servers, f"{prefix}.news", 1, 10, 11, 12)
+        assert numbers(await take(transport, reader, 3, settle=False)) == [10, 11, 12]
+    async with started(url, reader) as transport:
+        assert numbers(await take(transport, reader, 3)) == [10, 11, 12]
+
+
 async def test_offsets_that_were_committed_for_a_topic_made_anew_since_count_for_nothing(url, servers, admin):
     jobs = Queue("jobs")
     reader = Subscription("a", jobs)
@@ -180,6 +220,10 @@ async def test_offsets_that_were_committed_for_a_topic_made_anew_since_count_for
     async with started(url, reader) as transport:
         await transport.tidy()
         assert numbers(await take(transport, reader, 5)) == list(range(5))
+
+
+async def _is_known(transport, one, offsets):
+    return await asyncio.to_thread(transport._cluster.committed, one.group, one.topic, 1) == offsets
 
 
 async def _commits(transport, reader, count):

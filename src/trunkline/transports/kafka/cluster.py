@@ -331,9 +331,23 @@ class Cluster:
         def look() -> dict[int, int]:
             places = self._member(group).committed(asked, timeout=self._try_s)
             known = self._ids.get(topic, "")
-            return {place.partition: max(0, begin_of(place, known).offset) for place in places if place.offset >= 0}
+            return {place.partition: max(0, begin_of(place, known)) for place in places if place.offset >= 0}
 
         return self.patiently(look, f"looking at offsets of group {group}")
+
+    def begin(self, group: str, member: Consumer, places: list[TopicPartition]) -> None:
+        """Commit where a new group begins, unless another process of it was faster.
+
+        Raises: ConfigurationError or TransportError: without it the group would begin at the first message.
+        """
+
+        def commit() -> None:
+            # Looked up, not waited for: the client waits for ever where nobody answers.
+            member.commit(offsets=places, asynchronous=True)
+            if any(place.offset < 0 for place in member.committed(places, timeout=self._try_s)):
+                raise KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001 - tried again
+
+        self.patiently(commit, f"saying where group {group} begins")
 
     def _member(self, group: str) -> Consumer:
         """Return a consumer of a group that it never joins.

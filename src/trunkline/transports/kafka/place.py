@@ -6,10 +6,12 @@ Never does: I/O. Read next: reader.py.
 
 from __future__ import annotations
 
-from confluent_kafka import OFFSET_BEGINNING, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, OFFSET_STORED, TopicPartition
 
 CLEAN, OPEN = "trunkline clean", "trunkline open"
 """Metadata of a committed offset: nothing was under way behind it, or something may have been."""
+FIRST, STORED = OFFSET_BEGINNING, OFFSET_STORED
+"""In place of an offset: the first record, or what is committed, which the client looks up."""
 _TOPIC = " in "
 
 
@@ -48,9 +50,9 @@ def is_clean(noted: str | None) -> bool:
     return (noted or "").partition(_TOPIC)[0] == CLEAN
 
 
-def begin_of(committed: TopicPartition, topic_id: str) -> TopicPartition:
-    """Return where to begin: where was committed, or at the first record if that was for another topic of this name."""
+def begin_of(committed: TopicPartition, topic_id: str) -> int:
+    """Return where to begin: where was committed, or FIRST if nothing was, or for another topic of this name."""
     noted = (committed.metadata or "").partition(_TOPIC)[2]
-    if committed.offset < 0 or not (noted and topic_id) or noted == topic_id:
-        return committed
-    return TopicPartition(committed.topic, committed.partition, OFFSET_BEGINNING)
+    if committed.offset == OFFSET_INVALID or (noted and topic_id and noted != topic_id):
+        return FIRST
+    return committed.offset

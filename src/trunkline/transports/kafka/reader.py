@@ -18,13 +18,14 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from trunkline import wire
 from trunkline.channel import Channel, Stream
-from trunkline.clock import Clock, WorkerThread, offload
-from trunkline.errors import ConfigurationError, DecodeError
+from trunkline.clock import Clock, WorkerThread
+from trunkline.errors import DecodeError
 from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
-from trunkline.transports.kafka.place import CLEAN, OPEN, Place, begin_of, is_clean, metadata
+from trunkline.transports.kafka.place import CLEAN, FIRST, OPEN, STORED, Place, begin_of, is_clean, metadata
+from trunkline.transports.kafka.positions import SHIFT, Late, by_partition, number_of
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
 from trunkline.transports.kafka.settings import END, GONE, ClusterState, Settings, SignIn, client_log, describe
 from trunkline.transports.kafka.stranded import Stranded
@@ -46,8 +47,6 @@ SILENT_S, LOOK_S = 5.0, 1.0
 SUSPECTS = 1000
 """So many records of a partition may have been under way when the process before died; see consumer.IN_FLIGHT."""
 CALL_S = 10.0
-SHIFT = 40
-"""Bits of the offset in the position of a Queue's or Topic's delivery; the partition stands above them."""
 
 
 class Reader:
@@ -92,6 +91,7 @@ class Reader:
         # Of the loop: what was taken from the inflow or dropped.
         self._gone = 0
         self._ends: dict[int, int] = {}
+        self._late = Late()
         self._leaving: set[asyncio.Task[None]] = set()
         # Of both.
         self._wake = Event()
@@ -120,11 +120,7 @@ class Reader:
         )
         if all(place.offset < 0 for place in known):  # else what is not known is a partition that was added: all of it
             new = [self._place(number, end, CLEAN) for number, end in ends.items()]
-            try:
-                consumer.commit(offsets=new, asynchronous=False)
-            except KafkaException as error:
-                # Another process of this subscription was faster and reads already.
-                log.debug("%s: the beginning is not committed: %s", self.group, describe(error.args[0]))
+            cluster.begin(self.group, consumer, new)
         self._join()
 
     def _make(self) -> Consumer:
@@ -196,9 +192,11 @@ class Reader:
         """Read on with a new consumer: this one asks nobody any more, see stranded.py, or for what is not there."""
         log.warning("%s: %s", self.group, why)
         stranded = self._consumer
-        if self._places:
-            self._lost(stranded, self._assignment())
+        numbers = list(self._places)
+        self._places.clear()
+        self._reached.clear()
         self._unopened.clear()
+        self._on_loop(self._leave, numbers)
         self._make()
         self._join()
         self._loop.call_soon_threadsafe(self._leave_behind, stranded)
@@ -314,6 +312,7 @@ class Reader:
                 message, raw, unread = None, body, wire.why_unread(error)
             offset: int = record.offset()
             if offset < place.committed:
+                deliveries = [one for one in deliveries if number_of(one) != number]
                 place = self._begin_again(number, offset)
             suspect = False
             if place.suspects:
@@ -340,20 +339,25 @@ class Reader:
         log.warning(
             "%s: partition %d of %s was made anew, it is read from %d on", self.group, number, self.topic, offset
         )
-        done = Event()
-
-        def begin() -> None:
-            self._drop([number])
-            self._opened({number: offset})
-            done.set()
-
-        self._loop.call_soon_threadsafe(begin)
-        done.wait(CALL_S)
+        self._reached.pop(number, None)
+        self._on_loop(self._leave, [number])
+        self._loop.call_soon_threadsafe(self._opened, {number: offset})
         self._new_id = self._cluster.topic_id(self.topic) or self._topic_id
         if len(self._places) == 1:  # else the others begin again too: from now on they may be behind where they were
             self._topic_id = self._new_id
         self._places[number] = place = Place(offset, 0, 0)
         return place
+
+    def _on_loop(self, act: Callable[[list[int]], None], numbers: list[int]) -> None:
+        """Have the loop do something and wait for that: until then it says of partitions what does not hold now."""
+        done = Event()
+
+        def work() -> None:
+            act(numbers)
+            done.set()
+
+        self._loop.call_soon_threadsafe(work)
+        done.wait()
 
     def _wrong(self, error: KafkaError, record: Message) -> None:
         """Note an error that came in place of a record.
@@ -366,11 +370,7 @@ class Reader:
                 self._reached[number] = offset
             return
         if error.code() == KafkaError.INVALID_SESSION_TIMEOUT:
-            raise ConfigurationError(
-                "E241",
-                f"lease_s={self._settings.lease_s:g} is not accepted by {self._settings.shown}",
-                "from 6 to 1800, unless group.min.session.timeout.ms and group.max.session.timeout.ms say otherwise",
-            )
+            raise self._settings.lease_refused()
         if error.code() in GONE:
             self._loop.call_soon_threadsafe(self._gone_topic, self.subscription.channel)
         self._state.note(error)
@@ -388,26 +388,32 @@ class Reader:
             known = consumer.committed(partitions, timeout=CALL_S)
         except KafkaException as error:
             log.warning("%s: no committed offsets, all are looked up again: %s", self.group, describe(error.args[0]))
-            known = [TopicPartition(self.topic, place.partition) for place in partitions]
-        known = [begin_of(place, self._topic_id) for place in known]
+            known = [TopicPartition(self.topic, place.partition, STORED) for place in partitions]
+        begins = {}
         for place in known:
-            clean = is_clean(place.metadata)
-            until = 0 if clean else self._end_of(consumer, place)
-            self._places[place.partition] = Place(place.offset, 0 if clean else SUSPECTS, until)
-        consumer.incremental_assign([TopicPartition(p.topic, p.partition, p.offset) for p in known])
-        self._unopened += [place.partition for place in known if place.offset >= 0 and is_clean(place.metadata)]
-        self._loop.call_soon_threadsafe(self._opened, {place.partition: place.offset for place in known})
+            number, begin, clean = place.partition, begin_of(place, self._topic_id), is_clean(place.metadata)
+            first, until = (begin, 0) if clean and begin >= 0 else self._bounds(consumer, number)
+            begins[number] = begin = first if begin == FIRST else begin
+            self._places[number] = Place(begin, 0 if clean else SUSPECTS, until)
+            if clean or begin != place.offset:
+                self._unopened.append(number)
+        consumer.incremental_assign([TopicPartition(self.topic, number, begin) for number, begin in begins.items()])
+        self._loop.call_soon_threadsafe(self._opened, begins)
 
-    def _end_of(self, consumer: Consumer, place: TopicPartition) -> int:
-        """Return the offset before which a record may have been read by the process before."""
+    def _bounds(self, consumer: Consumer, number: int) -> tuple[int, int]:
+        """Return the first offset, and that before which a record may have been read by the process before."""
         try:
-            return int(consumer.get_watermark_offsets(TopicPartition(self.topic, place.partition), timeout=CALL_S)[1])
+            first, end = consumer.get_watermark_offsets(TopicPartition(self.topic, number), timeout=CALL_S)
         except KafkaException as error:
-            log.warning("%s: the end of %d is not known: %s", self.group, place.partition, describe(error.args[0]))
-            return 1 << SHIFT
+            log.warning("%s: the ends of %d are not known: %s", self.group, number, describe(error.args[0]))
+            return FIRST, 1 << SHIFT
+        return int(first), int(end)
 
     def _open(self) -> None:
-        """Commit, before anything is handed out, that from now on something may be under way."""
+        """Commit, before anything is handed out, that from now on something may be under way.
+
+        And where: a group without offsets, as after its topic was deleted, begins as a new one, perhaps at the end.
+        """
         numbers, self._unopened = self._unopened, []
         self._commit_now({n: self._places[n].committed for n in numbers if n in self._places}, OPEN)
 
@@ -474,6 +480,13 @@ class Reader:
             self._drop([number for number, mark in marks.items() if self.held.get(number) is mark])
             done.set()
 
+    def _leave(self, numbers: list[int]) -> None:
+        """Drop partitions whose records may be others from now on: what is under way is not settled among those."""
+        for number in numbers:
+            if (mark := self.held.get(number)) is not None:
+                self._late.add(number if self._is_stream else -1, mark.unfinished())
+        self._drop(numbers)
+
     def _drop(self, numbers: list[int]) -> None:
         for number in numbers:
             self.held.pop(number, None)
@@ -485,7 +498,7 @@ class Reader:
         for number in numbers:
             self._ends.pop(number, None)
         dropped = self.inflow.forget()
-        kept = [delivery for delivery in dropped if self._number(delivery) not in numbers]
+        kept = [delivery for delivery in dropped if number_of(delivery) not in numbers]
         self._gone += len(dropped) - len(kept)
         self.inflow.put(kept)
 
@@ -495,9 +508,6 @@ class Reader:
         for number, mark in marks.items():
             lows[OPEN if len(mark) else CLEAN][number] = self._offset(number, mark.low)
         return lows
-
-    def _number(self, delivery: Delivery) -> int:
-        return delivery.partition if self._is_stream else delivery.position >> SHIFT
 
     def _offset(self, number: int, low: int) -> int:
         return low if self._is_stream or low < 0 else low - (number << SHIFT)
@@ -535,33 +545,22 @@ class Reader:
         self._gone += len(taken)
         if self._is_waiting:
             self._wake.set()
-        for number, positions in self._by_partition(taken):
+        if self._late:
+            self._late.taken(taken)
+        for number, positions in by_partition(taken):
             self.held[number].take(positions)
         return taken
 
     def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Note what is settled; the thread commits it soon."""
-        for number, positions in self._by_partition(deliveries):
+        if self._late:
+            deliveries = self._late.without(deliveries)
+        for number, positions in by_partition(deliveries):
             mark = self.held.get(number)
             if mark is not None:
                 mark.done(positions)
         if self._ends:
             self._pass_ends()
-
-    def _by_partition(self, deliveries: Sequence[Delivery]) -> list[tuple[int, list[int]]]:
-        """Return (partition, positions) of runs of deliveries of one partition."""
-        runs: list[tuple[int, list[int]]] = []
-        is_stream = self._is_stream
-        last = -1
-        positions: list[int] = []
-        for delivery in deliveries:
-            position = delivery.position
-            number = delivery.partition if is_stream else position >> SHIFT
-            if number != last:
-                last, positions = number, []
-                runs.append((number, positions))
-            positions.append(position)
-        return runs
 
     def settled_offsets(self) -> dict[int, int]:
         """Return the offset up to which each partition held here is settled."""
@@ -594,5 +593,5 @@ class Reader:
             await self._end_of_thread(self._thread)
             self._thread = None
         elif self._made is not None:
-            await offload(self._made.close)
+            self._leave_behind(self._made)
         self.held.clear()

@@ -167,6 +167,13 @@ class Settings(msgspec.Struct, frozen=True):
             "fetch.queue.backoff.ms": 10,
         }
 
+    def lease_refused(self) -> ConfigurationError:
+        """Return the error for a lease that the brokers do not take."""
+        return ConfigurationError(
+            "E241", f"lease_s={self.lease_s:g} is not accepted by {self.shown}",
+            "from 6 to 1800, unless group.min.session.timeout.ms and group.max.session.timeout.ms say otherwise",
+        )  # fmt: skip
+
 
 def read_settings(address: Address) -> Settings:
     """Read a URL.
