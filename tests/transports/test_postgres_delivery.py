@@ -21,6 +21,7 @@ ELSEWHERE = {
     "test_a_thread_that_outlives_its_time_writes_nothing_any_more",
     "test_a_thread_that_outlives_its_time_cannot_open_a_transaction",
     "test_a_held_transaction_is_reported_by_name",
+    "test_a_transaction_is_reported_while_it_is_held",
     "test_a_statement_that_ends_the_unit_or_touches_our_tables_is_refused_however_it_is_written",
     "test_savepoints_and_questions_about_the_schema_are_allowed",
     "test_nothing_commits_by_itself_after_a_statement_undid_the_transaction",

@@ -5,12 +5,17 @@ What is true of every transport is tested by the conformance suite.
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import re
 import signal
+import socket
+import ssl
 import sys
 import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from zlib import crc32
@@ -215,6 +220,31 @@ async def test_tls_is_verified():
     error = await refusal(url.replace("rediss", "redis") + "?timeout_s=5")
     assert error.code == "E245"
     assert "write rediss://" in str(error)
+
+
+def test_the_look_for_tls_leaves_nothing_open():
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    brokers.broker_url("redis:tls")
+    certificate = brokers.certificate("redis:tls")
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    held = []
+
+    def serve(listener):
+        """Take whoever greets, and never answer a farewell."""
+        while not held:
+            with contextlib.suppress(ssl.SSLError):
+                held.append(context.wrap_socket(listener.accept()[0], server_side=True))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve, listener)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            error = asyncio.run(refusal(f"redis://127.0.0.1:{listener.getsockname()[1]}?timeout_s=5"))
+            gc.collect()
+        served.result()
+        held.pop().close()
+    assert error.code == "E245"
+    assert [str(warning.message) for warning in told] == []
 
 
 async def test_a_port_without_tls_is_told(server):

@@ -562,5 +562,5 @@ async def speaks_tls(host: str, port: int) -> bool:
         return True
     except OSError:
         return False
-    writer.close()
+    writer.transport.abort()  # a farewell in TLS waits for the other side's
     return True

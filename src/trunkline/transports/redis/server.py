@@ -200,7 +200,7 @@ async def _speaks_tls(host: str, port: int) -> bool:
             _, writer = await asyncio.open_connection(host, port, ssl=context)
     except (OSError, TimeoutError):
         return False
-    writer.close()
+    writer.transport.abort()  # a farewell in TLS waits for the other side's
     return True
 
 
