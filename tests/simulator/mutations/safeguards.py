@@ -430,7 +430,7 @@ SAFEGUARDS = (
     Mutation("a dead letter holds nothing", refusal, dead_letter_holds_nothing, by="plain"),
     Mutation("a lost partition goes on", desks, lost_partition_goes_on, by="random", seed=170),
     Mutation(
-        "retries where the partition is not read", retries_of_two, retries_where_it_is_not_read, by="random", seed=2400
+        "retries where the partition is not read", retries_of_two, retries_where_it_is_not_read, by="random", seed=15070
     ),
     Mutation("a new assignment is not noticed", desks, assignment_not_noticed, by="random", seed=15),
     Mutation("an offset passes an unfinished message", desk, offset_passes_the_unfinished, by="crash sweep"),
