@@ -36,7 +36,7 @@ lint: setup
 check: lint ## style, types, imports and the fast tests, in a minute; needs no servers
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS) $(PROCESS_TESTS:%=--ignore=%)
 
-test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; about 20 minutes on two cores
+test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; 20 to 25 minutes on two cores
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
 
 bench: setup ## all benchmarks, or one suite (SUITE=embedded)

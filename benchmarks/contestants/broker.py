@@ -52,7 +52,7 @@ def _brokers(*arguments: str) -> str:
 
 def start_kafka(run: Run) -> dict[str, float]:
     """See `start`."""
-    return start(run, "kafka")
+    return start(run, "kafka:lasting")
 
 
 def start_rabbitmq(run: Run) -> dict[str, float]:

@@ -14,6 +14,8 @@ from scripts.brokers.packages import apt_install, cache, download_jars, find, lo
 LOCK = Path(__file__).with_name("kafka.lock")
 CLUSTER_ID = "dHJ1bmtsaW5lLWthZmthMQ"  # 16 bytes in base64
 HEAP = ("-Xms256m", "-Xmx512m")
+QUICK = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+"""For a JVM that lives for minutes: it starts with 4 s of CPU in place of 7, and is slower later."""
 API_VERSIONS, METADATA = 18, 3
 ADVERTISED = "broker.test"
 """Of the variant `named`: a name that nobody knows; who connects has to see that it is resolved."""
@@ -29,11 +31,14 @@ LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 
 
 class Kafka(Kind):
-    """Variants: sasl (SCRAM-SHA-256), named (tells ADVERTISED). The only kind with several nodes: `kafka3`."""
+    """Variants: sasl (SCRAM-SHA-256), named (tells ADVERTISED), lasting (the JVM as Kafka itself starts it).
+
+    The only kind with several nodes: `kafka3`.
+    """
 
     name = "kafka"
     ports = ("client", "internal", "controller")
-    variants: ClassVar[frozenset[str]] = frozenset({"sasl", "named"})
+    variants: ClassVar[frozenset[str]] = frozenset({"sasl", "named", "lasting"})
     clusters = True
 
     def _jars(self) -> Path:
@@ -61,10 +66,11 @@ class Kafka(Kind):
             scram = ["--add-scram", user] if "sasl" in broker.variants else []
             storage = ("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(config), *scram)
             try:
-                run(*java, "-XX:TieredStopAtLevel=1", "-cp", classpath, *storage)
+                run(*java, *QUICK, "-cp", classpath, *storage)
             except subprocess.CalledProcessError as error:
                 raise BrokerError(f"cannot format Kafka's storage:\n{error.stdout[-2000:]}") from error
-        return Launch((*java, *HEAP, "-Djava.awt.headless=true", "-cp", classpath, "kafka.Kafka", str(config)))
+        machine = HEAP if "lasting" in broker.variants else (*HEAP, *QUICK)
+        return Launch((*java, *machine, "-Djava.awt.headless=true", "-cp", classpath, "kafka.Kafka", str(config)))
 
     def url(self, broker: Broker) -> str:
         """All nodes, with the user where there is one."""
