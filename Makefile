@@ -8,6 +8,8 @@ PROCESS_TESTS := tests/unit/cli tests/docs/test_code_blocks.py tests/unit/testin
 # More than cores: half of the time a test waits for a broker.
 TEST_WORKERS ?= 3
 BROKERS ?= rabbitmq redis nats postgres kafka
+# The tests start some thousand processes of Python: none compiles again what another has compiled.
+test check: export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo brokers brokers-stop test check lint bench matrix lock build clean
