@@ -8,8 +8,10 @@ PROCESS_TESTS := tests/unit/cli tests/docs/test_code_blocks.py tests/unit/testin
 # More than cores: half of the time a test waits for a broker.
 TEST_WORKERS ?= 3
 BROKERS ?= rabbitmq redis nats postgres kafka
-# The tests start some thousand processes of Python: none compiles again what another has compiled.
-test check: export PYTHONDONTWRITEBYTECODE :=
+# The tests start some thousand processes of Python: what all of them import is compiled once, before. What a test
+# writes, and writes over within the same second, must not be taken from byte code.
+COMPILE := $(PYTHON_BIN)/python -m compileall -q src tests examples
+test check: export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo brokers brokers-stop test check lint bench matrix lock build clean
@@ -36,9 +38,11 @@ lint: setup
 	$(PYTHON_BIN)/lint-imports
 
 check: lint ## style, types, imports and the fast tests, in a minute; needs no servers
+	@$(COMPILE)
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS) $(PROCESS_TESTS:%=--ignore=%)
 
 test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; 20 to 25 minutes on two cores
+	@$(COMPILE)
 	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
 
 bench: setup ## all benchmarks, or one suite (SUITE=embedded)

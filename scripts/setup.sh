@@ -72,7 +72,7 @@ if [[ ! -x .venv/bin/python ]]; then
 fi
 
 export VIRTUAL_ENV=$PWD/.venv
-"$uv" pip sync --quiet --require-hashes requirements.lock
+"$uv" pip sync --quiet --compile-bytecode --require-hashes requirements.lock
 "$uv" pip install --quiet --no-deps --no-build-isolation --editable .
 rm -rf .bootstrap
 echo "$sum" >"$stamp"

@@ -58,7 +58,7 @@ class TestRedis:
         project = on_broker(tmp_path, url)
         project.cli("publish", "OrderPlaced", '{"order_id": "a", "amount": 1}')
         shop = tmp_path / "shop.py"
-        shop.write_text(shop.read_text().replace("partitions=4", "partitions=8"))
+        shop.write_text(shop.read_text().replace("partitions=4", "partitions=12"))
         told = json.loads(project.cli("doctor", "--json", code=1).out)
         assert finding(told, "declared as")["value"] == "stream, 4 partitions"
 
