@@ -5,6 +5,8 @@ What is true of every transport is tested by the conformance suite.
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 import time
 import uuid
@@ -1093,11 +1095,14 @@ async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, cap
     server = brokers.broker_url(FAULTY)
     part = 2 if subscription.channel is events else None
     queue = Names(prefix).subscription(subscription, part) if part else Names(prefix).channel(orders.name)
+    pid = brokers.record(FAULTY)["pid"]
     async with raw(server) as connection:
         channel = await connection.channel()
         arguments = {"x-queue-type": "quorum", **({"x-single-active-consumer": True} if part else {})}
         request = commands.Queue.Declare(queue=queue, durable=True, arguments=arguments)
         await channel.call(request, commands.Queue.DeclareOk)
+        # It writes the name down within a second, which the command that kills it may take.
+        os.kill(pid, signal.SIGSTOP)
         await asyncio.to_thread(brokers.kill, FAULTY)
     await asyncio.to_thread(brokers.resume, FAULTY)
     transport = load(f"{server}?prefix={prefix}&timeout_s=16")
@@ -1106,6 +1111,8 @@ async def test_a_queue_that_the_broker_lost_is_named_with_what_to_do(prefix, cap
         channel = await connection.channel()
         starting = asyncio.create_task(transport.start([], [subscription]))
         await until(lambda: said in caplog.text or starting.done())
+        if starting.done():
+            await transport.stop()
         assert said in caplog.text, starting
         assert f"rabbitmqctl delete_queue {queue!r}" in caplog.text
         starting.cancel()
