@@ -1,7 +1,7 @@
 """Stands before a Kafka of one node and can answer in its place: "no brokers", "I have that already", "not the leader".
 
-Invariant: clients know no other address than this one's; without `empties`, `repeated`, `unready` or `uncommitted` no
-more is changed.
+Invariant: clients know no other address than this one's; without `empties`, `repeated`, `unready`, `uncommitted` or
+`moving` no more is changed.
 Source: Kafka protocol: Produce (0) from version 9, Metadata (3) from version 9, OffsetCommit (8), FindCoordinator (10).
 """
 
@@ -13,7 +13,7 @@ from trunkline.testing.proxy import Connection, Proxy
 
 HOST = b"127.0.0.1"
 PRODUCE, METADATA, OFFSET_COMMIT, FIND_COORDINATOR = 0, 3, 8, 10
-NOT_LEADER, DUPLICATE_SEQUENCE_NUMBER = 6, 46
+NOT_LEADER, REBALANCE_IN_PROGRESS, DUPLICATE_SEQUENCE_NUMBER = 6, 27, 46
 
 
 class FrontConnection(Connection):
@@ -22,7 +22,7 @@ class FrontConnection(Connection):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._asked = {}
-        self._held = None
+        self._held = self._refused = None
 
     async def pump(self, source, target):
         change = self._response if target is self.to_client else self._request
@@ -40,6 +40,9 @@ class FrontConnection(Connection):
         if front.silent or (front.uncommitted and api == OFFSET_COMMIT):
             front.silent = True
             return []
+        if api == OFFSET_COMMIT and front.moving is not None and front.moving in frame:
+            self._refused, front.moving = front.moving, None
+            return [_of_nothing(frame, self._refused)]
         if api == PRODUCE and front.unready is not None and front.unready in frame:
             if self._held is None:
                 self._held = number
@@ -62,6 +65,9 @@ class FrontConnection(Connection):
             frame = frame.replace(HOST + struct.pack(">i", front.node_port), HOST + struct.pack(">i", front.port))
         if api == PRODUCE and front.repeated is not None:
             return _repeated(frame, front.repeated)
+        if api == OFFSET_COMMIT and self._refused is not None:
+            topic, self._refused = self._refused, None
+            return _moving(frame, topic)
         if api == METADATA and front.empties:
             front.answered += 1
             asyncio.get_running_loop().call_soon(front.reset)  # after this answer was written
@@ -78,6 +84,7 @@ class Front(Proxy):
         repeated: what is written to this topic is answered for as if it had been written before.
         unready: the first request to write to this topic is refused, once the second one has been answered.
         holds: whether the first one is there.
+        moving: the next request to commit an offset of this topic is answered as by a group that rebalances.
         uncommitted: from the first request to commit offsets on, nothing is passed to the node: silent.
     """
 
@@ -88,7 +95,7 @@ class Front(Proxy):
         self.node_port = port
         self.empties = False
         self.answered = 0
-        self.repeated = self.unready = None
+        self.repeated = self.unready = self.moving = None
         self.holds = self.uncommitted = self.silent = False
 
 
@@ -101,6 +108,19 @@ def _without_brokers(frame):
 
 def _repeated(frame, topic):
     return _with_error(frame, frame.index(topic) + len(topic), DUPLICATE_SEQUENCE_NUMBER)
+
+
+def _of_nothing(frame, topic):
+    """Make of a request to commit an offset one for the first: after the name an array of number and offset."""
+    start = frame.index(topic) + len(topic)
+    return frame[: start + 5] + bytes(8) + frame[start + 13 :]
+
+
+def _moving(frame, topic):
+    """Change the error of the only partition: after the name a compact array of number and error."""
+    start = frame.index(topic) + len(topic)
+    assert frame[start] == 2, "one partition"
+    return frame[: start + 5] + struct.pack(">h", REBALANCE_IN_PROGRESS) + frame[start + 7 :]
 
 
 def _not_leader(frame, number):

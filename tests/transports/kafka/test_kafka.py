@@ -571,6 +571,21 @@ async def test_a_success_of_the_client_without_a_place_in_the_log_is_no_confirma
         await transport.send([staged(jobs, 3)])
 
 
+async def test_what_is_settled_while_the_group_rebalances_is_committed_all_the_same(url, prefix):
+    reader = Subscription("desk", Queue("jobs"))
+    url += "&queue_partitions=1"
+    async with before_the_broker(url) as (front, through), started(through, reader) as transport:
+        reads = transport._readers[reader.label]
+        for number, front.moving in ((1, None), (2, f"{prefix}.jobs".encode())):
+            await transport.send([staged(reader.channel, number)])
+            await take(transport, reader, 1)
+            look = transport._cluster.committed, reads.group, reads.topic, 1
+            async with asyncio.timeout(30):
+                while await asyncio.to_thread(*look) != {0: number}:
+                    await asyncio.sleep(0.05)
+        assert front.moving is None
+
+
 async def test_what_is_only_taken_for_written_because_a_later_one_was_is_no_confirmation(url, prefix):
     events = Queue("events")
     reader = Subscription("a", events)

@@ -6,7 +6,9 @@ Never does: I/O. Read next: reader.py.
 
 from __future__ import annotations
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, OFFSET_STORED, TopicPartition
+from collections.abc import Mapping, Sequence
+
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_INVALID, OFFSET_STORED, KafkaError, TopicPartition
 
 CLEAN, OPEN = "trunkline clean", "trunkline open"
 """Metadata of a committed offset: nothing was under way behind it, or something may have been."""
@@ -30,6 +32,17 @@ class Place:
         self.committed = committed
         self.suspects = suspects
         self.until = until
+
+
+def answered(places: Mapping[int, Place], error: KafkaError | None, asked: Sequence[TopicPartition]) -> None:
+    """Have committed again what a group has refused, as it does while it rebalances.
+
+    Nothing else would, before more of the partition is settled.
+    """
+    for one in asked:
+        place = places.get(one.partition)
+        if (error or one.error) and place is not None and place.committed == one.offset:
+            place.committed = one.offset - 1
 
 
 def metadata(how: str, topic_id: str) -> str:

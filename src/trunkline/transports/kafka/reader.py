@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -24,7 +25,7 @@ from trunkline.inflow import ROOM, Inflow
 from trunkline.partitions import CLOSE_S, Watermark
 from trunkline.transport import LIVE, Delivery, Subscription
 from trunkline.transports.kafka.cluster import Cluster
-from trunkline.transports.kafka.place import CLEAN, FIRST, OPEN, STORED, Place, begin_of, is_clean, metadata
+from trunkline.transports.kafka.place import CLEAN, FIRST, OPEN, STORED, Place, answered, begin_of, is_clean, metadata
 from trunkline.transports.kafka.positions import SHIFT, Late, by_partition, number_of
 from trunkline.transports.kafka.records import key_of, plain_of, text_headers
 from trunkline.transports.kafka.settings import END, GONE, ClusterState, Settings, SignIn, client_log, describe
@@ -127,6 +128,7 @@ class Reader:
         self._stranded = Stranded()
         self._sign_in = SignIn(self._settings.credentials)
         configured = self._settings.consumer(self.group, self._state.note, self._stranded.note)
+        configured["on_commit"] = partial(answered, self._places)
         self._made = consumer = Consumer(configured, logger=client_log)
         return consumer
 
