@@ -3,8 +3,8 @@
 
 PYTHON_BIN := .venv/bin
 FAST_TESTS := $(wildcard tests/unit tests/docs tests/structure)
-# Of these, those that start a process for each command of a user: a minute and a half by themselves.
-PROCESS_TESTS := tests/unit/cli tests/docs/test_code_blocks.py tests/unit/testing/simulator/test_determinism.py
+# Of these, those that start a process for each command of a user or simulate whole systems: minutes by themselves.
+SLOW_TESTS := tests/unit/cli tests/docs/test_code_blocks.py tests/unit/testing/simulator
 # More than cores: half of the time a test waits for a broker.
 TEST_WORKERS ?= 3
 BROKERS ?= rabbitmq redis nats postgres kafka
@@ -39,7 +39,7 @@ lint: setup
 
 check: lint ## style, types, imports and the fast tests, in a minute; needs no servers
 	@$(COMPILE)
-	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS) $(PROCESS_TESTS:%=--ignore=%)
+	$(PYTHON_BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup $(FAST_TESTS) $(SLOW_TESTS:%=--ignore=%)
 
 test: lint $(if $(CI),brokers) ## everything: style, types, imports and all tests; 20 to 25 minutes on two cores
 	@$(COMPILE)
